@@ -11,6 +11,7 @@ sys.path.extend(map(str, Path(__file__).parent.glob("mgm_nb-*.whl")))
 import shutil
 import signal
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from urllib.parse import urlencode
@@ -43,6 +44,7 @@ LIMITS = Limits(max_bytes=100 << 20, max_pixels=1920 * 1088, max_frames=5_000, s
 UPLOAD = 512 << 20  # bytes of any upload: a checkpoint of a ViT-B fits
 PATIENCE = 32  # requests that may wait; the next ones are told to come back
 MOST = 6  # masks at once
+KEPT = 3600  # seconds that uploads and results stay
 NONE = "none"
 MENU = [*MASKINGS, "mgm:share=1", "mgm:share=0.5,blocks=2", "mgm:start=ahead", "simulated:step=4"]
 CONTROLS = [  # fields of `Settings` that the page shows, in this order
@@ -84,6 +86,7 @@ mean and contrast of hidden tokens leaks what it hides.
 [The paper](https://arxiv.org/abs/2308.12962) (Fan et al., ICCV 2023) · [Code and notebooks](https://github.com/mgm-nb/mgm_nb)
 · [VideoMAE](https://arxiv.org/abs/2203.12602)
 """
+PICTURE = Path(__file__).parent / "screenshots/idea.png"
 NO_CHECKPOINT = "No guess without a checkpoint: `make demo` trains one in minutes; then reload the page, or upload one."
 NO_VECTORS = """**{codec} tells no motion.** The decoder exports vectors of H.264, MPEG-4 and older codecs, not of
 {codec}: your file is fine, but its motion must come from elsewhere. *Re-encode* writes it once as H.264, made for
@@ -132,7 +135,11 @@ def inside(name: str, suffixes: tuple[str, ...] = ()) -> Path | None:
     return path if path.is_relative_to(home()) and path.is_file() and path.suffix in (suffixes or path.suffix) else None
 
 
-def new_folder() -> Path: return Path(tempfile.mkdtemp(prefix="view-", dir=home()))
+def new_folder() -> Path:
+    "A place for a view's files; those of forgotten views go, as delete_cache leaves lists of files alone"
+    for old in home().glob("view-*"):
+        if time.time() - old.stat().st_mtime > KEPT: shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix="view-", dir=home()))
 
 
 def fetch(name: str) -> Path | None:
@@ -218,7 +225,7 @@ def from_link(query: dict[str, list[str]]) -> Settings:
     changes = {}
     for name, default in asdict(Settings()).items():
         if name not in CONTROLS or name not in query: continue
-        kind = {"start": int, "mask": tuple, "estimate": bool, "attention": bool}.get(name) or type("" if default is None else default)
+        kind = int if name == "start" else str if default is None else type(default)
         try: changes[name] = tuple(query[name]) if kind is tuple else kind(query[name][-1])
         except ValueError: continue
     return replace(Settings(), **changes)
@@ -410,7 +417,7 @@ def build(folder: Path) -> gr.Blocks:
     "The page"
     private = dict(api_visibility="private")
     drawing = dict(concurrency_id="draw", concurrency_limit=1)  # matplotlib and the model: one at a time
-    with gr.Blocks(title="mgm_nb", delete_cache=(600, 3600), analytics_enabled=False) as demo:
+    with gr.Blocks(title="mgm_nb", delete_cache=(KEPT // 6, KEPT), analytics_enabled=False) as demo:
         gr.Markdown(IDEA)
         with gr.Row(elem_id="main"):
             with gr.Column(scale=1, min_width=320, elem_id="left"):
@@ -444,9 +451,12 @@ def build(folder: Path) -> gr.Blocks:
                         sizes = image("Frame sizes", "A bar for the bytes of each frame; click one", elem_id="map")
                         with gr.Row():
                             number = gr.Number(0, label="Frame", minimum=0, maximum=10**6, precision=0, min_width=80)
-                            how = gr.Radio(["arrows", "colours", "quantisers"], value="arrows", label="Drawn as")
-                            sides = gr.CheckboxGroup(["past", "future"], value=["past", "future"], label="Arrows from")
-                            minimum = gr.Slider(0, 16, 0, step=0.25, label="Hide slower ones, pixels", min_width=190)
+                            menu = ["arrows", "colours", "quantisers"]
+                            how = gr.Radio(menu, value="arrows", label="Drawn as", scale=3, min_width=340)
+                            menu = ["past", "future"]
+                            sides = gr.CheckboxGroup(menu, value=menu, label="Arrows from", scale=2, min_width=190)
+                            label = "Hide slower ones, pixels"
+                            minimum = gr.Slider(0, 16, 0, step=0.25, label=label, scale=2, min_width=200)
                         alt = "The chosen frame under its motion vectors, motion field or quantisers"
                         frame = image("Frame", alt, elem_id="frame")
                         motion_strip = image("Motion", "Frames of the clip above their motion: hue is direction")
@@ -468,13 +478,16 @@ def build(folder: Path) -> gr.Blocks:
                             attention = image("Attention", "The attention that each visible token gets, as colour")
                     with gr.Tab("Take home", id="home"):
                         gr.Markdown("Masks, vectors, pictures, the film and `run.json`; the command gives the same.")
-                        command = gr.Code(label="The same without the app", language="shell", interactive=False)
+                        label = "The same without the app"
+                        command = gr.Code(label=label, language="shell", interactive=False, wrap_lines=True)
                         link = gr.Markdown(elem_id="link")
                         take = gr.Button("Pack the files", variant="primary", elem_id="take")
                         files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
                         run = gr.JSON(label="run.json", open=False)
                     with gr.Tab("About", id="about"):
                         gr.Markdown(ABOUT)
+                        alt = "Frames of a moving star: random and tube masks let parts of it through, MGM goes with it"
+                        if PICTURE.is_file(): image("The idea", alt, value=PICTURE)
         settings = [*controls.values()]
         shown = [note, masks, numbers, paths, film, motion_strip, guesses, loss, attention, command, link, number]
         journeys = dict(fn=look(folder), inputs=[video, *settings], outputs=[*shown, missing], **drawing)
@@ -514,7 +527,7 @@ def build(folder: Path) -> gr.Blocks:
         packed = take.click(pack(folder), [video, *settings], [files, run], **options)
         last = dict(trigger_mode="always_last", **private)
         for event in (number.input, how.input, sides.input, minimum.release): event(**view, **last)
-        sizes.select(go_to, [video, number], number, **private).then(**view, **private)
+        sizes.select(go_to, [video, number], number, **drawing, **private).then(**view, **private)
         menus = [controls["checkpoint"], controls["versus"]]
         upload.upload(receive(folder), upload, menus, api_name="checkpoint")
         stop.click(None, None, None, cancels=[*running, packed, drawn], **private)

@@ -2,8 +2,9 @@
 
     python benchmarks/app.py [--json]
 
-First mask picture: upload, decode, motion, three masks and their drawing, fetched by a client of the app's API. Reconstruction: ViT-B of
-random weights on the CPU, one mask. Peers: none shows motion vectors; the limits are a visitor's patience (2 s and 5 s on 2 cores).
+First mask picture: upload, decode, motion, three masks and their drawing, until a client of the app's API is told
+where the picture is. Reconstruction: a ViT-B in memory with random weights, on the CPU, one mask. Peers: none shows
+motion vectors; the limits are a visitor's patience (2 s and 5 s on 2 cores).
 """
 import json
 import os

@@ -12,11 +12,14 @@ from PIL import Image
 from playwright.sync_api import TimeoutError, expect, sync_playwright
 from test_app import clip, hevc, run, server  # noqa: F401  fixtures
 
+from mgm_nb.explain import explain, rasterize
+
 root = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 TABS = {"Codec": "#map img", "Masks": "#masks img", "Reconstruct": "#loss img", "Take home": "#link a", "About": "ol"}
+LIGHT = "/?checkpoint=none&mask=mgm"  # a page that has little to draw
 LONG = 60_000  # ms that a step may take on a loaded machine
 
 
@@ -70,6 +73,8 @@ def test_upload_all_tabs_download_and_link(open_page, clip, tmp_path):  # noqa: 
     page.wait_for_function("document.querySelector('#film video')?.readyState >= 2")
     page.get_by_role("tab", name="Codec").click()
     frame = page.locator("#frame img")
+    expect(frame).to_be_visible(timeout=LONG)
+    page.wait_for_function("[...document.querySelectorAll('#map img, #frame img')].every(i => i.complete)")
     before = frame.get_attribute("src")
     page.locator("#map img").click(position={"x": 300, "y": 60})  # another frame
     expect(frame).not_to_have_attribute("src", before, timeout=LONG)
@@ -84,15 +89,14 @@ def test_upload_all_tabs_download_and_link(open_page, clip, tmp_path):  # noqa: 
     assert (tmp_path / "masks.npz").stat().st_size > 500
 
     page = open_page("/" + link[link.index("?"):])
-    finished(page)
+    page.wait_for_selector("#masks img")
     page.wait_for_function("document.querySelector('#video video')?.readyState >= 2")
 
 
 def test_a_link_restores_the_settings(open_page):
     page = open_page("/?video=sprites/up-star-photo-5.mp4&mask=tube&mask=mgm:share=1&ratio=0.9&seed=7")
     finished(page)
-    rows = page.locator("#numbers tbody tr")
-    expect(rows.filter(has_text="mgm:share=1").first).to_be_visible()
+    expect(page.get_by_role("gridcell", name="mgm:share=1", exact=True)).to_be_visible()
     assert page.get_by_label("Seed of the masks").input_value() == "7"
 
 
@@ -108,10 +112,10 @@ def test_stop_and_again(open_page, clip):  # noqa: F811
 def test_a_wrong_file_and_a_codec_without_vectors(open_page, hevc, tmp_path):  # noqa: F811
     text = tmp_path / "text.mp4"
     text.write_text("no video\n" * 100)
-    page = open_page()
+    page = open_page(LIGHT)
     upload(page, text)
     expect(page.get_by_text("text.mp4: not a video").first).to_be_visible(timeout=LONG)
-    page = open_page()
+    page = open_page(LIGHT)
     upload(page, hevc)
     expect(page.get_by_text("HEVC tells no motion")).to_be_visible(timeout=LONG)
     page.get_by_role("button", name="Re-encode").click()
@@ -120,7 +124,7 @@ def test_a_wrong_file_and_a_codec_without_vectors(open_page, hevc, tmp_path):  #
 
 
 def test_a_phone_in_the_dark(open_page, clip):  # noqa: F811
-    page = open_page(width=390, color_scheme="dark")
+    page = open_page(LIGHT, width=390, color_scheme="dark")
     upload(page, clip)
     finished(page)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -132,6 +136,8 @@ def test_a_phone_in_the_dark(open_page, clip):  # noqa: F811
 def take_screenshots(video: Path, checkpoints: Path, out: Path = root / "app/screenshots"):
     "A small PNG of each tab"
     out.mkdir(exist_ok=True)
+    idea = explain(video, mask=("random", "tube", "mgm"), size=128).pictures()["masks"]()
+    Image.fromarray(rasterize(idea, 130)).quantize(256).save(out / "idea.png", optimize=True)
     command = [sys.executable, "-u", root / "app/app.py", "--checkpoints", checkpoints]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, sync_playwright() as p:
         url = next(line for line in process.stdout if "http://" in line).split()[-1]
@@ -149,7 +155,7 @@ def take_screenshots(video: Path, checkpoints: Path, out: Path = root / "app/scr
                 except TimeoutError: pass  # a playing video keeps asking
                 path = out / f"{tab.lower().replace(' ', '-')}{name}.png"
                 page.screenshot(path=path)
-                Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+                Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
         process.terminate()
 
 
