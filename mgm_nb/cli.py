@@ -41,6 +41,9 @@ class Synth:
     def __call__(self):
         for name in ("n", "size", "frames", "workers"):
             if getattr(self, name) < 1: raise ValueError(f"{name}: at least 1, got {getattr(self, name)}")
+        for name in ("seed", "backgrounds"):
+            if getattr(self, name) < 0: raise ValueError(f"{name}: not less than 0, got {getattr(self, name)}")
+        if self.size < 16: raise ValueError(f"size: at least 16 pixels, a macroblock, got {self.size}")
         options = dict(seed=self.seed, workers=self.workers, backgrounds=self.backgrounds, progress=True)
         print(write_sprites(self.out, self.n, self.size, self.frames, self.label, self.domain, **options))
 
@@ -70,7 +73,11 @@ class Probe:
 
     def __call__(self):
         model = load_checkpoint(find_checkpoint(self.checkpoint))
-        encoder, stride = model.encoder, self.stride or model.meta.get("stride", 4)
+        encoder, stride = model.encoder, model.meta.get("stride", 4) if self.stride is None else self.stride
+        if self.batch_size < 1 or stride < 1 or self.workers < 0:
+            raise ValueError("batch_size and stride must be at least 1, workers not less than 0")
+        for source in (self.train, self.test):
+            if source.is_dir(): raise ValueError(f"{source}: a probe needs a list; folders number their classes anew")
         view = ClipTransform(encoder.video_shape[2], model.grid, "centre")
         options = dict(frames=encoder.video_shape[0], stride=stride, transform=view, motion=None, sampling="middle")
         sets = [ClipDataset(source, **options) for source in (self.train, self.test)]
@@ -146,7 +153,8 @@ def summary(run: Path) -> str:
 
 def parse(argv: list[str]) -> Synth | _Bulk | PretrainConfig | Probe | Show:
     "The command that the arguments ask for; leaves with status 2, as tyro does, if they ask for none"
-    argv, preset = list(argv), "k400_base"
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    preset = "k400_base"
     if argv[:1] == ["pretrain"] and "--config" in argv[:-1]:
         at = argv.index("--config")
         preset = argv[at + 1]
@@ -183,6 +191,6 @@ def main(
     except (ValueError, OSError) as error:
         if os.environ.get("MGM_DEBUG"): raise
         # an error in a loader's worker arrives with its traceback as message; its last line is what was said
-        message = str(error).strip().splitlines()[-1]
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
         print(f"mgm: {message.removeprefix(f'{type(error).__module__}.{type(error).__name__}: ')}", file=sys.stderr)
         return 2

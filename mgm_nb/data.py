@@ -63,7 +63,7 @@ def _read_folder(folder: Path) -> list[tuple[Path, int]]:
 
 def _read_lines(path: Path, root: str | Path | None) -> list[tuple[Path, int]]:
     "The videos of a list; all lines with a label, or none"
-    try: lines = path.read_text(encoding="utf-8").splitlines()
+    try: lines = path.read_text(encoding="utf-8-sig").splitlines()  # -sig: Excel begins a CSV with a mark
     except UnicodeDecodeError:
         raise ValueError(f"{path}: neither a list of videos nor a video ({_some(SUFFIXES)})") from None
     header = bool(lines) and re.fullmatch(r"(path|file|video)\w*([ ,\t]\s*label\w*)?\s*", lines[0], re.I)

@@ -46,6 +46,7 @@ def check_split(train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor
         if len(x) != len(y) or not len(x): raise ValueError(f"{name}: {len(x)} features, {len(y)} labels")
         if y.min() < 0: raise ValueError(f"{name}: {int((y < 0).sum())} of {len(y)} clips have no label")
         if not x.isfinite().all(): raise ValueError(f"{name}: some features are not finite")
+    if len(train_y.unique()) < 2: raise ValueError("train: all clips have the same label")
     if unseen := sorted({*test_y.tolist()} - {*train_y.tolist()}):
         raise ValueError(f"labels {unseen} are in the test list only: are the two lists numbered alike?")
 
@@ -89,8 +90,9 @@ def sweep_probe(
     check_split(train_x, train_y, test_x, test_y)
     every = torch.arange(len(train_y))
     split = dict(test_size=0.2, random_state=seed)
-    least = train_y.bincount()[train_y.unique()].min()  # one clip of a class cannot be in both parts
-    rows, held_out = train_test_split(every, stratify=train_y if least > 1 else None, **split)
+    counts = train_y.bincount()[train_y.unique()]
+    even = counts.min() > 1 and 5 * len(counts) <= len(train_y)  # each class can be in both parts
+    rows, held_out = train_test_split(every, stratify=train_y if even else None, **split)
     sweep = {}
     for c in candidates if len(candidates) > 1 else ():
         sweep[c] = (fit(rows, c)(train_x[held_out]) == train_y[held_out]).float().mean().item()

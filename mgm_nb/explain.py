@@ -365,6 +365,8 @@ def journey(
 ) -> Iterator[tuple[float, str, Explained | None]]:  # share done, what comes next, what there is so far
     "`explain` in steps"
     asked = [(name, *parse_mask(name)) for name in dict.fromkeys(settings.mask)]
+    try: torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError): raise ValueError(f"device: no {settings.device!r} here") from None
     yield 0.0, "Reading the video", None
     models = {name: load(name).to(settings.device) for name in (settings.checkpoint, settings.versus) if name}
     settings, patch, tubelet = fit_settings(settings, list(models.values()))
@@ -377,7 +379,10 @@ def journey(
     energy, velocity, drawn = view["energy"][None], view["velocity"][None], {}
     for name, masking, options in asked:
         generator = torch.Generator().manual_seed(settings.seed)
-        mask = drawn[name] = make_mask(masking, energy, settings.ratio, generator, velocity=velocity, **options)
+        try: mask = make_mask(masking, energy, settings.ratio, generator, velocity=velocity, **options)
+        except TypeError: raise ValueError(f"mask: the options of {name!r} are not of the right kind") from None
+        if models and not mask.hidden.numel(): raise ValueError(f"ratio: {settings.ratio} hides no token to be guessed")
+        drawn[name] = mask
         seen.masks[name] = mask.volume()[0].numpy()
         seen.numbers[name] = {k: v.item() for k, v in describe(mask, energy).items() if not v.ndim}
     steps = [(checkpoint, name) for name in drawn for checkpoint in models]

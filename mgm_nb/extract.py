@@ -140,6 +140,9 @@ class BulkConfig:
         if self.seconds <= 0 or (self.workers is not None and self.workers < 1):
             raise ValueError(f"workers and seconds must be positive, got {self.workers} and {self.seconds}")
 
+    @property
+    def limits(self) -> Limits: return Limits(max_frames=1 << 20, seconds=self.seconds)  # films are welcome
+
 
 @contextmanager
 def _executor(bulk: BulkConfig) -> Iterator[tuple[Executor, int]]:
@@ -274,6 +277,8 @@ def run_jobs(
     states = {n: _state(path, key) for n, path in files.items()}
     if suffix and any(targets[n] == path for n, path in files.items()):
         raise ValueError(f"{out}: videos there would be replaced; choose another folder")
+    if suffix and len(set(targets.values())) < len(targets):
+        raise ValueError(f"{out}: two videos would get one name; rename one of them")
     lines = read_manifest(manifest)
     todo = [n for n in files if not _is_done(lines.get(n), states[n], targets[n], suffix, bulk.retry)]
     tasks = {n: (job, files[n], targets[n], aside, 2 * bulk.seconds) for n in todo}
@@ -290,7 +295,7 @@ def run_jobs(
 # %% ../nbs/10_extract.ipynb #2fec2a7a
 def _found(clip: Clip) -> dict:
     "What the manifest tells of a clip"
-    vectors = sum(len(v) for v in clip.vectors if v is not None)
+    vectors = sum(len(v) for v in clip.vectors or () if v is not None)
     corrupt = int(clip.table["corrupt"].sum())
     info = clip.info
     facts = {"codec": info.codec, "width": info.width, "height": info.height, "duration": round(info.duration, 3)}
@@ -310,7 +315,7 @@ def check_folder(
     bulk: BulkConfig = BulkConfig(),  # noqa: B008
 ) -> list[dict]:  # the manifest's lines, one a file
     "Decode every video and tell which are damaged, are no videos, or have no motion vectors"
-    job = partial(check_video, limits=Limits(seconds=bulk.seconds))
+    job = partial(check_video, limits=bulk.limits)
     return run_jobs("check", job, source, out, bulk=bulk)
 
 # %% ../nbs/10_extract.ipynb #fb4bd047
@@ -340,15 +345,17 @@ def extract_folder(
     bulk: BulkConfig = BulkConfig(),  # noqa: B008
 ) -> list[dict]:  # the manifest's lines, one a file
     "Store the motion field of every video, to be read by `load_motion`"
-    job = partial(extract_video, limits=Limits(seconds=bulk.seconds))
+    job = partial(extract_video, limits=bulk.limits)
     return run_jobs("extract", job, source, out, suffix=".npz", bulk=bulk)
 
 # %% ../nbs/10_extract.ipynb #a2e5506f
 def reencode_video(source: Path, target: Path, preset: str, limits: Limits) -> dict:
-    "Write a video again, made for reading clips"
+    "Write a video again, made for reading clips; what was damaged is counted, for it looks sound afterwards"
+    damaged = _found(read_clip(source, frames=None, stride=1, pixels=False, vectors=False, limits=limits))["corrupt"]
     info = probe(reencode(source, target, preset, limits))
     sizes = {"bytes": source.stat().st_size, "bytes_after": target.stat().st_size}
-    return {"codec": info.codec, "frames": info.frames, "duration": round(info.duration, 3)} | sizes
+    facts = {"codec": info.codec, "frames": info.frames, "duration": round(info.duration, 3), "corrupt": damaged}
+    return facts | sizes
 
 
 def reencode_folder(
@@ -359,5 +366,5 @@ def reencode_folder(
 ) -> list[dict]:  # the manifest's lines, one a file
     "Write every video again as H.264 made for reading: clips load twice as fast, and their motion is truer"
     if preset not in PRESETS: raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    job = partial(reencode_video, preset=preset, limits=Limits(max_frames=1 << 20, seconds=bulk.seconds))
+    job = partial(reencode_video, preset=preset, limits=bulk.limits)
     return run_jobs("reencode", job, source, out, suffix=".mp4", key=preset, bulk=bulk)

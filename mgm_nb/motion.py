@@ -326,13 +326,15 @@ class MotionConfig:
 def estimate_motion(
     source: str | os.PathLike | np.ndarray,  # a file, or consecutive frames, uint8 `(t, h, w, 3)`
     start: int = 0,  # of the file: first frame
-    frames: int | None = None,  # of the file: how many, None = all
+    frames: int | None = None,  # of the file: how many, None = all; they are held in memory
     method: str = "epzs",  # of vf_mestimate; "umh" searches longer
     limits: Limits = Limits(),  # noqa: B008
 ) -> MotionField:
     "The field of any frames, by block matching with FFmpeg's mestimate"
     if not isinstance(source, np.ndarray):
         source = read_clip(source, frames, 1, start, vectors=False, limits=limits).frames
+    if source.ndim != 4 or not len(source) or min(source.shape[1:3]) < CELL:
+        raise ValueError(f"frames must be (t, h, w, 3) and at least {CELL} pixels wide and high, got {source.shape}")
     t, height, width = source.shape[:3]
     vectors = _match(source, method)
     reach = np.ones(t, int)
@@ -377,7 +379,8 @@ def motion_key(
 def save_motion(path: str | os.PathLike, field: MotionField, key: str) -> Path:
     "Write a field in quarter pixels; whoever reads `path` sees all of it or none"
     path = Path(path)
-    with _atomic(path.with_suffix(".npz")) as temporary:
+    if path.suffix != ".npz": raise ValueError(f"{path}: a field is saved as .npz")
+    with _atomic(path) as temporary:
         np.savez_compressed(
             temporary,
             velocity=np.rint(field.velocity * 4).clip(-127, 127).astype(np.int8),
@@ -386,13 +389,13 @@ def save_motion(path: str | os.PathLike, field: MotionField, key: str) -> Path:
             frame=np.array([field.width, field.height, *field.origin]),
             key=np.array(key),
         )
-    return path.with_suffix(".npz")
+    return path
 
 
 def load_motion(path: str | os.PathLike, key: str) -> MotionField | None:
     "The field saved under `key`, or None if there is none, another, or a damaged one"
     try:
-        with np.load(Path(path).with_suffix(".npz"), allow_pickle=False) as saved:
+        with np.load(path, allow_pickle=False) as saved:
             if str(saved["key"]) != key: return None
             velocity, coverage, valid, frame = (saved[k] for k in ("velocity", "coverage", "valid", "frame"))
     except Exception:  # a damaged archive can raise anything
@@ -414,5 +417,5 @@ def cached_motion(
     if field is None:
         field = motion_field(read_clip(path, None, 1, pixels=False, limits=limits))
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_motion(file, field, key)
+        field = load_motion(save_motion(file, field, key), key)  # rounded, as every later reader gets it
     return field

@@ -102,7 +102,7 @@ def check_config(config: PretrainConfig):
     if not config.data: raise ValueError("data: name a list, a folder of videos or a pattern")
     if config.mask not in MASKINGS: raise ValueError(f"mask: no {config.mask!r}; there are {', '.join(MASKINGS)}")
     if not 0 < config.ratio < 1: raise ValueError(f"ratio: more than 0 and less than 1, got {config.ratio}")
-    positive = "frames stride size views patch epochs batch_size accumulate save_every keep log_every"
+    positive = "frames stride size views patch epochs batch_size accumulate explosion save_every keep log_every"
     for name in positive.split():
         if getattr(config, name) <= 0: raise ValueError(f"{name}: more than 0, got {getattr(config, name)}")
     for name in "flip max_broken lr min_lr warmup_epochs weight_decay seed workers".split():
@@ -110,6 +110,8 @@ def check_config(config: PretrainConfig):
     if config.frames % 2 or config.size % config.patch:
         tokens = f"2 frames x {config.patch} x {config.patch} pixels"
         raise ValueError(f"size: {config.frames} frames of {config.size} pixels do not divide into tokens of {tokens}")
+    side = config.size // config.patch
+    if int(config.ratio * side**2) < 1: raise ValueError(f"ratio: {config.ratio} hides no token of {side} x {side}")
     if config.batch_size % config.views:
         raise ValueError(f"views: {config.views} of each video do not fill a batch of {config.batch_size}")
 
@@ -213,8 +215,8 @@ def save_step(
     target = run / "checkpoints" / f"step-{step:08}"
     beside = target.with_name(f".{target.name}")
     shutil.rmtree(beside, ignore_errors=True)  # what a kill left
-    told = {k: getattr(config, k) for k in ("data", "stride", "mask", "ratio")}
-    save_checkpoint(beside, model, step=step, skipped=skipped, **told)
+    told = {k: getattr(config, k) for k in ("data", "stride", "ratio", "epochs")}
+    save_checkpoint(beside, model, step=step, skipped=skipped, masking=config.mask, **told)
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(beside, target)
@@ -235,11 +237,14 @@ def load_step(run: Path, model: VideoMAE, optimizer: torch.optim.Optimizer) -> t
 FREE = set("out held_out workers compile recompute explosion max_broken save_every keep log_every".split())
 
 
-def open_run(config: PretrainConfig, run: Path, device: torch.device, videos: int):
+def open_run(config: PretrainConfig, run: Path, device: torch.device, videos: int, clips: int):
     "Make the run folder, or make sure that it is this run's. Raises `ValueError`"
-    file, mine = run / "config.json", json.loads(json.dumps(asdict(config) | {"videos": videos}))
+    # clips of a step: with other processes than before, steps would mean something else
+    found = {"videos": videos, "clips": clips}
+    file, mine = run / "config.json", json.loads(json.dumps(asdict(config) | found))
     if file.is_file():
-        old = json.loads(file.read_text())
+        try: old = json.loads(file.read_text())
+        except ValueError: raise ValueError(f"{file}: damaged; choose another folder, or remove it") from None
         if other := sorted(k for k in mine if mine[k] != old.get(k) and k not in FREE):
             names = ", ".join(other)
             raise ValueError(f"{run}: holds a run with other settings ({names}); choose another folder, or remove it")
@@ -292,10 +297,11 @@ class Broken:
 
     def add(self, found: list[tuple[int, str]]):
         "Note what a batch reports"
-        if not (new := {why for _, why in found} - self.seen): return
+        if not found: return
+        new = {why for _, why in found} - self.seen
         self.seen |= new
         with self.file.open("a") as f: f.writelines(f"{why}\n" for why in sorted(new))
-        if len(self.seen) > self.limit:
+        if len(self.seen) > self.limit:  # also when all were known: starting again is no way round
             count = f"{len(self.seen)} of {self.total} videos"
             raise VideoError(f"{count} cannot be read; {self.file} lists them; the first: {min(self.seen)}")
 
@@ -429,10 +435,10 @@ def _pretrain(config: PretrainConfig, run: Path, skip: list[int], progress: bool
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), log_with="tensorboard", project_dir=run)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     main, plan = accelerator.is_main_process, Plan.of(config, len(dataset), world)
-    if main: open_run(config, run, device, len(dataset))
-    accelerator.wait_for_everyone()
-    bare = build(config)
+    bare = build(config)  # what cannot be built is refused before anything is written
     optimizer = make_optimizer(bare, config)
+    if main: open_run(config, run, device, len(dataset), plan.clips)
+    accelerator.wait_for_everyone()
     start, skipped = load_step(run, bare, optimizer)
     skip = sorted({*skip, *skipped})
     model, optimizer = accelerator.prepare(bare, optimizer)
@@ -463,7 +469,7 @@ def _pretrain(config: PretrainConfig, run: Path, skip: list[int], progress: bool
                     accelerator.backward(loss / config.accumulate)
                 log.losses.append(loss.detach())
             watch.look()
-            watch.add(step, loss.detach())
+            watch.add(step, torch.stack(log.losses[-config.accumulate :]).mean())
             if config.clip_grad: accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
             optimizer.step()
             optimizer.zero_grad()
@@ -476,6 +482,7 @@ def _pretrain(config: PretrainConfig, run: Path, skip: list[int], progress: bool
             stop = asked if world == 1 else listen and _any_process(accelerator, asked)
             if stop or last or done % max(1, round(config.save_every * plan.epoch)) == 0:
                 watch.look()
+                if not torch.stack([p.isfinite().all() for p in bare.parameters()]).all(): raise Explosion(step)
                 if main: save_step(run, done, bare, optimizer.optimizer, config, skip)
                 accelerator.wait_for_everyone()
             if stop: break

@@ -259,7 +259,7 @@ def _decode(source: _Source, packets: _Packets | None, first: int, seek: bool) -
 
 # %% ../nbs/01_video.ipynb #592b5035
 # An AVMotionVector as 20 int16: source (2), w | h << 8, src x, y, dst x, y, padding, flags (4), motion x (2), y (2),
-# scale, padding. To select rows of the transpose is the fastest of many ways, here and again where frames are joined.
+# scale, padding. To select rows of the transpose is fast, here and again where frames are joined.
 VECTOR, COLUMNS = np.dtype((np.int16, 20)), np.array([0, 2, 5, 6, 12, 14])
 
 
@@ -278,7 +278,7 @@ def _quantisers(frame) -> np.ndarray | None:
 
 # %% ../nbs/01_video.ipynb #f10cdb00
 PYAV = int(av.__version__.split(".")[0])
-_RGB = {"format": "rgb24"} | ({"threads": 1} if PYAV >= 17 else {})  # several threads for a small frame double its cost
+_RGB = {"format": "rgb24"} | ({"threads": 1} if PYAV >= 17 else {})  # several threads for a small frame cost more
 
 
 def _rotation(frame) -> int:
@@ -319,7 +319,7 @@ ROW = np.dtype(
 def _row(index: int, frame, about: tuple) -> tuple:
     "A `ROW`, its distances still open"
     number, reference, nbytes = about
-    kind = "?IPBSsibb"[frame.pict_type]
+    kind = "?IPBSipb"[frame.pict_type]
     pts = NO_PTS if frame.pts is None else frame.pts
     reference = kind != "B" if reference is None else reference
     return index, kind, pts, reference, number, frame.is_corrupt, nbytes, 0, 0, frame.width, frame.height
@@ -559,22 +559,24 @@ def reencode(
     if preset not in PRESETS: raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     source, target = Path(source), Path(target)
     began = time.monotonic()
-    with _open(source, limits, began) as opened: packets = _scan(opened)
-    with _open(source, limits, began) as opened, _atomic(target) as temporary:
+    with _open(source, limits, began) as opened:
+        packets = _scan(opened)
         fps = Fraction(opened.stream.average_rate or 0).limit_denominator(65535) or Fraction(25)
-        _encode(temporary, _pictures(opened, packets, fps), "libx264", PRESETS[preset], fps, CLOCK)
+    pictures = _pictures(_open(source, limits, began), packets, fps)  # opened in there: errors here are the target's
+    with _atomic(target) as temporary: _encode(temporary, pictures, "libx264", PRESETS[preset], fps, CLOCK)
     return target
 
 
-def _pictures(source: _Source, packets: _Packets, fps: Fraction) -> Iterator:
+def _pictures(opening: contextlib.AbstractContextManager, packets: _Packets, fps: Fraction) -> Iterator:
     "Every frame as displayed; pts in units of `CLOCK`, the file's where they can be trusted"
     last, first = -1, packets.pts.min(initial=0)
-    for n, (_, frame, _) in enumerate(_decode(source, packets, 0, False)):
-        if n >= source.limits.max_frames:
-            raise VideoError(f"{source.info.path}: more frames than Limits(max_frames={source.limits.max_frames})")
-        known = packets.trusted and frame.pts is not None
-        seconds = (frame.pts - int(first)) * source.stream.time_base if known else n / fps
-        if _rotation(frame): frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(_rgb(frame, *_shape(frame))))
-        frame.pts = last = max(round(seconds / CLOCK), last + 1)
-        yield frame
-    if last < 0: raise VideoError(f"{source.info.path}: no frame could be decoded")
+    with opening as source:
+        for n, (_, frame, _) in enumerate(_decode(source, packets, 0, False)):
+            if n >= source.limits.max_frames:
+                raise VideoError(f"{source.info.path}: more frames than Limits(max_frames={source.limits.max_frames})")
+            known = packets.trusted and frame.pts is not None
+            seconds = (frame.pts - int(first)) * source.stream.time_base if known else n / fps
+            if _rotation(frame): frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(_rgb(frame, *_shape(frame))))
+            frame.pts = last = max(round(seconds / CLOCK), last + 1)
+            yield frame
+        if last < 0: raise VideoError(f"{source.info.path}: no frame could be decoded")

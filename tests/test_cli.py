@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mgm_nb.cli import main
+from mgm_nb.video import write_video
 
 MGM = Path(sys.executable).with_name("mgm")
 
@@ -46,7 +47,9 @@ def test_help_teaches(capsys, command, word):
 
 @pytest.fixture
 def bad(tmp_path):
-    "A folder of things that are no good"
+    "A folder of things that are no good, and one good video"
+    write_video(tmp_path / "one.mp4", np.random.default_rng(0).integers(0, 255, (16, 64, 64, 3), np.uint8))
+    (tmp_path / "one.csv").write_text("one.mp4 1\n")
     (tmp_path / "text.mp4").write_text("not a video")
     (tmp_path / "empty").mkdir()
     (tmp_path / "list.csv").write_text("text.mp4 1\ngone.mp4 2\n")
@@ -73,6 +76,11 @@ def bad(tmp_path):
     ("pretrain --data {d}/empty --ratio 1.2", "ratio: more than 0 and less than 1, got 1.2"),
     ("pretrain --config dmo", "config: no preset 'dmo'"),
     ("pretrain", "data: name a list"),
+    ("pretrain --data {d}/one.csv --batch-size 1 --model foo", "no size 'foo'"),
+    ("pretrain --data {d}/one.csv --batch-size 1 --ratio 0.001", "ratio: 0.001 hides no token"),
+    ("show {d}/one.mp4 --device warp", "device: 'warp'"),
+    ("show {d}/one.mp4 --mask mgm:share=x", "mask: the options of 'mgm:share=x'"),
+    ("synth {d}/out --seed -1", "seed: not less than 0"),
     ("probe {d}/empty --train {d}/list.csv --test {d}/list.csv", "empty: "),
     ("synth {d}/out -n 0", "n: at least 1, got 0"),
 ])

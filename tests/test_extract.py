@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mgm_nb.extract import BulkConfig, extract_folder, read_manifest, run_jobs
+from mgm_nb.extract import BulkConfig, extract_folder, read_manifest, reencode_folder, run_jobs
 from mgm_nb.motion import load_motion, motion_key
-from mgm_nb.video import VideoError, write_video
+from mgm_nb.video import VideoError, reencode, write_video
 
 WAYS = {
     "hang": lambda: ctypes.PyDLL(None).pause(),  # inside a library, and no Python code can run beside it
@@ -143,3 +143,22 @@ def test_a_cluster_may_lose_a_machine(tmp_path, cluster):
     lines = run_jobs("look", job_that_kills_its_cluster_worker, folder, tmp_path / "out", bulk=bulk)
     assert Counter(line["outcome"] for line in lines) == {"ok": 21}
     assert (folder / "fatal.seen").exists()
+
+
+def test_the_source_is_not_to_blame_for_the_target(clips, tmp_path):
+    source = next(clips.rglob("*.mp4"))
+    with pytest.raises(OSError) as found: reencode(source, tmp_path / "nowhere" / "a.mp4")
+    assert not isinstance(found.value, VideoError) and not list(tmp_path.rglob("*.mp4"))
+
+
+def test_damage_is_not_washed_off(clips, tmp_path):
+    data = bytearray(next(clips.rglob("*.mp4")).read_bytes())
+    for i in range(len(data) // 4, len(data) // 3, 97): data[i] ^= 0x55
+    (tmp_path / "a.mp4").write_bytes(data)
+    (line,) = reencode_folder(tmp_path / "a.mp4", tmp_path / "out", bulk=BulkConfig(workers=1, progress=False))
+    assert line["outcome"] == "ok" and line["corrupt"] > 0
+
+
+def test_two_files_never_share_a_target(tmp_path):
+    for name in ("a.avi", "a.avi.mp4"): (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="one name"): reencode_folder(tmp_path, tmp_path / "out")

@@ -158,3 +158,17 @@ def test_an_explosion_goes_back_and_leaves_the_step_out(config, monkeypatch, cap
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="exploded at the steps"):
         patch.setattr(train, "normalize", poison(*range(5, 1000)))
         pretrain(replace(config, out=config.out + "2"), progress=False)
+
+
+def test_a_run_is_not_continued_with_other_steps(config, tmp_path):
+    pretrain(replace(config, epochs=1), progress=False)
+    with pytest.raises(ValueError, match="other settings .*clips"):
+        pretrain(replace(config, epochs=1, accumulate=2, batch_size=config.batch_size), progress=False)
+    (Path(config.out) / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: damaged"): pretrain(replace(config, epochs=1), progress=False)
+
+
+def test_starting_again_is_no_way_round_broken_files(config, tenth_broken):
+    strict = replace(config, data=str(tenth_broken), epochs=1, max_broken=0.05)
+    for _ in range(2):
+        with pytest.raises(VideoError, match="cannot be read"): pretrain(strict, progress=False)

@@ -850,7 +850,7 @@ def test_cache_returns_what_was_saved(tmp_path):
     path = encode(tmp_path / "a.mp4", pan((3, -1), 30), x264_params="ref=1:bframes=0")
     field = motion_field(read_clip(path, None, 1))
     first, second = (cached_motion(path, tmp_path / "cache") for _ in range(2))
-    assert_array_equal(first.velocity, field.velocity)
+    assert_array_equal(first.velocity, second.velocity)  # whoever asks first gets what the others get
     assert abs(second.velocity - field.velocity).max() <= 1 / 8
     assert abs(second.coverage - field.coverage).max() <= 1 / 510
     assert_array_equal(second.valid, field.valid)
