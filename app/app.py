@@ -38,7 +38,7 @@ from mgm_nb.explain import (
 )
 from mgm_nb.masking import MASKINGS
 from mgm_nb.synth import APPEARANCES, DOMAINS, MOTIONS, SpriteScene, render
-from mgm_nb.video import MOTION_PRESET, Limits, UnsupportedCodec, VideoError, probe, reencode, write_video
+from mgm_nb.video import MOTION_PRESET, Limits, UnsupportedCodec, VideoError, probe, read_clip, reencode, write_video
 
 LIMITS = Limits(max_bytes=100 << 20, max_pixels=1920 * 1088, max_frames=5_000, seconds=20)
 UPLOAD = 512 << 20  # bytes of any upload: a checkpoint of a ViT-B fits
@@ -261,8 +261,10 @@ def look(folder: Path):
             seen.save(out, [name])
             return str(out / name)
 
+        def tell(done, total): progress((done, total), "Decoding", unit="frames")
+
         try:
-            for done, what, seen in journey(video, to_settings(values), LIMITS, load):
+            for done, what, seen in journey(video, to_settings(values), LIMITS, load, tell):
                 progress(0.7 * done, what)
                 if seen and seen.masks and not shown["masks"]: shown["masks"] = draw("masks.png")
                 yield *shown.values(), missing
@@ -303,8 +305,10 @@ def pack(folder: Path):
 
     def take_home(video, *values, progress=gr.Progress()):  # noqa: B008
         out, files = new_folder(), []
+        def tell(done, total): progress((done, total), "Decoding", unit="frames")
+
         try:
-            for done, what, seen in journey(video, to_settings(values), LIMITS, load):  # noqa: B007
+            for done, what, seen in journey(video, to_settings(values), LIMITS, load, tell):  # noqa: B007
                 progress(0.5 * done, what)
                 yield gr.skip(), gr.skip()
             for name in seen.files():
@@ -315,6 +319,13 @@ def pack(folder: Path):
         yield files, describe_run(seen)
 
     return take_home
+
+
+def show_still(film, number):
+    "One frame of the film; its last, if it has fewer"
+    if not film: return None
+    try: return read_clip(film, 1, 1, int(number), vectors=False, limits=LIMITS).frames[0]
+    except ValueError as e: raise plainly(e, film) from None
 
 
 def show_frame(video, number, how, minimum, sides):
@@ -469,6 +480,8 @@ def build(folder: Path) -> gr.Blocks:
                         numbers = gr.Dataframe(headers=headers, interactive=False, elem_id="numbers")
                         paths = image("Paths", "Motion and masks seen from above: columns to the right, time downwards")
                         film = gr.Video(label="As a film", interactive=False, loop=True, format="mp4", elem_id="film")
+                        step = gr.Slider(0, 31, 0, step=1, label="Frame by frame", elem_id="step")
+                        still = image("Still", "One frame of the film: the clip, its motion, masks and guesses")
                     with gr.Tab("Reconstruct", id="reconstruct"):
                         options = dict(columns=2, format="png", object_fit="contain", height="auto")
                         label = "Original, what the model sees, its guess, and both"
@@ -526,6 +539,7 @@ def build(folder: Path) -> gr.Blocks:
         options = dict(validator=given, api_name="take_home", **drawing)
         packed = take.click(pack(folder), [video, *settings], [files, run], **options)
         last = dict(trigger_mode="always_last", **private)
+        step.input(show_still, [film, step], still, trigger_mode="always_last", api_name="still", **drawing)
         for event in (number.input, how.input, sides.input, minimum.release): event(**view, **last)
         sizes.select(go_to, [video, number], number, **drawing, **private).then(**view, **private)
         menus = [controls["checkpoint"], controls["versus"]]

@@ -340,7 +340,7 @@ def fit_settings(settings: Settings, models: list[VideoMAE]) -> tuple[Settings, 
     return replace(settings, frames=frames, size=height), patch, tubelet
 
 
-def _read(path, settings: Settings, limits: Limits) -> tuple[Clip, MotionField, Settings]:
+def _read(path, settings: Settings, limits: Limits, tell) -> tuple[Clip, MotionField, Settings]:
     frames, used = settings.frames, {}
 
     def choose(total):
@@ -350,7 +350,7 @@ def _read(path, settings: Settings, limits: Limits) -> tuple[Clip, MotionField, 
         used.update(start=start, stride=stride)
         return np.minimum(start + stride * np.arange(frames), total - 1)
 
-    clip = read_clip(path, indices=choose, vectors=not settings.estimate, limits=limits)
+    clip = read_clip(path, indices=choose, vectors=not settings.estimate, limits=limits, tell=tell)
     config = MotionConfig(compensate=settings.compensate)
     if not settings.estimate: return clip, motion_field(clip, config), replace(settings, **used)
     clip = replace(clip, table=clip.table[clip.keep], keep=np.arange(frames))
@@ -362,6 +362,7 @@ def journey(
     settings: Settings = Settings(),  # noqa: B008
     limits: Limits = Limits(),  # noqa: B008
     load: Callable[[str], VideoMAE] = open_model,  # how a checkpoint's name becomes a model
+    tell: Callable[[int, int], None] | None = None,  # called with the frames read and wanted
 ) -> Iterator[tuple[float, str, Explained | None]]:  # share done, what comes next, what there is so far
     "`explain` in steps"
     asked = [(name, *parse_mask(name)) for name in dict.fromkeys(settings.mask)]
@@ -370,7 +371,7 @@ def journey(
     yield 0.0, "Reading the video", None
     models = {name: load(name).to(settings.device) for name in (settings.checkpoint, settings.versus) if name}
     settings, patch, tubelet = fit_settings(settings, list(models.values()))
-    clip, known, settings = _read(path, settings, limits)
+    clip, known, settings = _read(path, settings, limits, tell)
     grid = (settings.frames // tubelet, settings.size // patch, settings.size // patch)
     view = ClipTransform(settings.size, grid, "centre")(clip, known, np.random.default_rng(0))
     arrays = {k: view[k].numpy() for k in ("velocity", "energy")}

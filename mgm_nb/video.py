@@ -408,7 +408,7 @@ def _draw(generator, n: int) -> int:
     return int(torch.randint(n, (1,), generator=generator))
 
 # %% ../nbs/01_video.ipynb #f3c6f00d
-def _read(source: _Source, packets: _Packets | None, want: Sequence[int], seek, pixels, vectors, qp) -> Clip:
+def _read(source: _Source, packets: _Packets | None, want: Sequence[int], seek, tell, pixels, vectors, qp) -> Clip:
     "Decode the frames `want` (a range: as far as they go) and all between them"
     first, last = want[0], want[-1]
     rows, mvs, qps, keep, images, frame = [], [], [], [], None, None
@@ -423,6 +423,7 @@ def _read(source: _Source, packets: _Packets | None, want: Sequence[int], seek, 
         while len(keep) < len(want) and want[len(keep)] <= index:  # a frame that never came: take the next
             if pixels: images = _put(images, frame, len(keep), len(keep) + 1, len(want))
             keep.append(len(rows) - 1)
+            if tell: tell(len(keep), len(want))
         # A B-frame at the end waits for the reference after it, to know its distance.
         kind, reference = rows[-1][1], rows[-1][3]
         if index == last and kind != "B" or index > last and reference or index > last + 16: break
@@ -460,6 +461,7 @@ def read_clip(
     qp: bool = False,  # the quantisers too (H.264, PyAV >= 17)
     generator: "np.random.Generator | torch.Generator | None" = None,  # noqa: F821
     limits: Limits = Limits(),  # noqa: B008
+    tell: Callable[[int, int], None] | None = None,  # called with the frames sampled and wanted, for a progress bar
 ) -> Clip:
     "Frames and motion vectors from one decode; raises `VideoError`, `UnsupportedCodec`, `ValueError` for arguments"
     if qp and PYAV < 17: raise ValueError("qp needs PyAV 17 or newer")
@@ -467,16 +469,16 @@ def read_clip(
     opened = Path(path), limits, time.monotonic()
     if frames is None and indices is None and not start and stride > 0 and not pixels:
         with _open(*opened, **what) as source:  # all there is: no need to look ahead
-            clip = _read(source, None, range(0, limits.max_frames + 1, stride), False, **what)
+            clip = _read(source, None, range(0, limits.max_frames + 1, stride), False, tell=tell, **what)
         if (np.sort(clip.table["decode_index"]) == np.arange(len(clip.table))).all(): return clip  # no frame was lost
     with _open(*opened, **what) as source:
         packets = _scan(source)
         if not len(packets): raise VideoError(f"{path}: no frame in it")
         want = _choose(len(packets), frames, stride, start, indices, generator)
         with contextlib.suppress(_Lost):
-            if packets.trusted: return _read(source, packets, want, True, **what)
+            if packets.trusted: return _read(source, packets, want, True, tell=tell, **what)
     with _open(*opened, **what) as source:  # no way to jump: from the start
-        return _read(source, packets, want, False, **what)
+        return _read(source, packets, want, False, tell=tell, **what)
 
 
 def probe(

@@ -15,13 +15,14 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from PIL import Image
 from safetensors.torch import save_file
 
 from mgm_nb.checkpoints import save_checkpoint
 from mgm_nb.cli import main
 from mgm_nb.explain import Settings
 from mgm_nb.synth import SpriteScene, render
-from mgm_nb.video import MOTION_PRESET, write_video
+from mgm_nb.video import MOTION_PRESET, read_clip, write_video
 from mgm_nb.videomae import create_model
 
 root = Path(__file__).parents[1]
@@ -96,6 +97,9 @@ def test_a_sprite_clip_is_shown(client, sprite):
     assert [row[0] for row in shown["numbers"]["data"]] == ["random", "tube", "mgm"]
     assert all(Path(shown[k]).stat().st_size > 5000 for k in ("masks", "paths", "motion", "loss"))
     assert shown["attention"] is None
+    film = shown["film"]["video"] if isinstance(shown["film"], dict) else shown["film"]
+    still = client.predict(handle_file(film), 3, api_name="/still")  # one frame of the film
+    np.testing.assert_array_equal(Image.open(still), read_clip(film, 1, 1, 3, vectors=False).frames[0])
     assert Path(show(client, sprite, mask=["mgm"], attention=True)["attention"]).is_file()
 
 

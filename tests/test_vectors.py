@@ -907,3 +907,9 @@ def test_two_writers_of_one_cache_do_not_meet(tmp_path):
         looks += 1
     assert [w.returncode for w in writers] == [0, 0] and looks
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_every_sampled_frame_is_told(tmp_path):
+    path, told = encode(tmp_path / "a.mp4", pan((3, -1), 12)), []
+    read_clip(path, 8, 2, tell=lambda *counts: told.append(counts))  # the video ends before the clip does
+    assert told == [(i, 8) for i in range(1, 9)]  # the last frame is held
