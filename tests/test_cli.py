@@ -78,7 +78,7 @@ def bad(tmp_path):
     ("pretrain", "data: name a list"),
     ("pretrain --data {d}/one.csv --batch-size 1 --model foo", "no size 'foo'"),
     ("pretrain --data {d}/one.csv --batch-size 1 --ratio 0.001", "ratio: 0.001 hides no token"),
-    ("show {d}/one.mp4 --device warp", "device: 'warp'"),
+    ("show {d}/one.mp4 --device warp", "device: no 'warp' here"),
     ("show {d}/one.mp4 --mask mgm:share=x", "mask: the options of 'mgm:share=x'"),
     ("synth {d}/out --seed -1", "seed: not less than 0"),
     ("probe {d}/empty --train {d}/list.csv --test {d}/list.csv", "empty: "),

@@ -89,6 +89,7 @@ def assert_complete(clips, out):
 def test_killed_and_restarted(clips, tmp_path, how):
     mgm = Path(sys.executable).with_name("mgm")
     command = [mgm, "extract", clips, tmp_path, "--workers", "2"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would inherit "ignore"
     with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0) as run:
         seen = b""
         while not (done := re.search(rb"\b([1-9]\d|1\d\d)/200", seen)):  # the progress bar, at 10 files or more
