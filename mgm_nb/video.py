@@ -565,7 +565,9 @@ def reencode(
         packets = _scan(opened)
         fps = Fraction(opened.stream.average_rate or 0).limit_denominator(65535) or Fraction(25)
     pictures = _pictures(_open(source, limits, began), packets, fps)  # opened in there: errors here are the target's
-    with _atomic(target) as temporary: _encode(temporary, pictures, "libx264", PRESETS[preset], fps, CLOCK)
+    try:
+        with _atomic(target) as temporary: _encode(temporary, pictures, "libx264", PRESETS[preset], fps, CLOCK)
+    except av.error.ArgumentError: raise VideoError(f"{source}: its times or sizes cannot be written again") from None
     return target
 
 
