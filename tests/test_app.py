@@ -79,7 +79,7 @@ def sprite(client):
 @pytest.fixture(scope="module")
 def hevc(tmp_path_factory):
     frames = render(SpriteScene("right", "star", size=128, frames=16, seed=2)).frames
-    path = tmp_path_factory.mktemp("hevc") / "hevc.mp4"
+    path = tmp_path_factory.mktemp("hevc") / "hevc.mkv"
     return write_video(path, frames, codec="libx265", options={"x265-params": "log-level=none"})
 
 

@@ -254,7 +254,7 @@ def made_to_harm(good, folder, victim, port):
     yield "tiny.mp4", encode(folder / "t.mp4", size=(2, 2), frames=3).read_bytes()
     yield "single.mp4", encode(folder / "t.mp4", frames=1).read_bytes()
     quiet = {"x265-params": "log-level=none"}
-    yield "hevc.mp4", encode(folder / "t.mp4", codec="libx265", frames=2, **quiet).read_bytes()
+    yield "hevc.mkv", encode(folder / "t.mkv", codec="libx265", frames=2, **quiet).read_bytes()
 
 
 def hostile_files(good, folder, scratch, victim, port, count):
@@ -398,7 +398,7 @@ def test_hostile_files(stage, good, tmp_path):
     found = {line["file"]: line for line in lines}
     assert "max_pixels" in found["bomb.mp4"]["clip"] and "max_frames" in found["frames_100000.mp4"]["whole"]
     assert found["frames_100000.mp4"]["clip"] == found["small_large.h264"]["clip"] == 16
-    assert "reencode" in found["hevc.mp4"]["clip"] and found["hevc.mp4"]["random"] == 16  # pixels need no vectors
+    assert "reencode" in found["hevc.mkv"]["clip"] and found["hevc.mkv"]["random"] == 16  # pixels need no vectors
 
 
 def report(lines):

@@ -181,7 +181,8 @@ STRUCTURES = {
     "mpeg1.mpg": dict(codec="mpeg1video", bf=2, g=12),
     "mpeg4.avi": dict(codec="mpeg4", bf=2, g=12),
     "mpeg4.mp4": dict(codec="mpeg4", bf=2, g=12),
-    "hevc.mp4": dict(codec="libx265", x265_params="keyint=10:log-level=none"),
+    # not mp4: PyAV 18 with libx265 fails now and then to write its header
+    "hevc.mkv": dict(codec="libx265", x265_params="keyint=10:log-level=none"),
     "vp9.webm": dict(codec="libvpx-vp9", g=10),
 }
 
@@ -217,7 +218,7 @@ def test_a_recording_that_begins_in_an_open_gop(name, skip, tmp_path):
     assert_array_equal(clip.frames, read_clip(whole, None, 1).frames[-clip.info.frames :])
 
 
-@pytest.mark.parametrize("name", ["b-pyramid.mp4", "open-gop.mp4", "open-gop.ts", "b.mkv", "mpeg2.ts", "hevc.mp4"])
+@pytest.mark.parametrize("name", ["b-pyramid.mp4", "open-gop.mp4", "open-gop.ts", "b.mkv", "mpeg2.ts", "hevc.mkv"])
 def test_seeking_is_not_given_up(name, tmp_path, monkeypatch):
     "The way out, decoding from the start, is exact too; but where times are right it must not be needed"
     path, opened, real_open = tmp_path / name, [], video._open
@@ -249,7 +250,7 @@ def test_codecs_that_export_vectors(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name, codec",
-    [("a.mp4", "libx265"), ("a.webm", "libvpx"), ("b.webm", "libvpx-vp9"), ("b.mp4", "libsvtav1"), ("a.avi", "mjpeg"),
+    [("b.mkv", "libx265"), ("a.webm", "libvpx"), ("b.webm", "libvpx-vp9"), ("b.mp4", "libsvtav1"), ("a.avi", "mjpeg"),
      ("a.mkv", "ffv1"), ("c.avi", "snow")],
 )  # fmt: skip
 def test_codecs_that_do_not(name, codec, tmp_path):
@@ -830,7 +831,7 @@ def test_estimated_motion(tmp_path):
     assert field.velocity.shape == (8, 10, 13, 2) and field.valid.all()
     known = field.weight > 0
     for t in range(8): assert_array_equal(np.median(field.velocity[t][known[t]], 0), (3, -2))
-    hevc = encode(tmp_path / "a.mp4", frames, "libx265", x265_params="log-level=none", crf=10)
+    hevc = encode(tmp_path / "a.mkv", frames, "libx265", x265_params="log-level=none", crf=10)
     assert_array_equal(np.median(estimate_motion(hevc, start=2, frames=4).velocity[known[:4]], 0), (3, -2))
     assert not estimate_motion(frames[:1]).valid.any()
 
