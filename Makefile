@@ -17,9 +17,10 @@ demo: runs/demo/clips/train.csv runs/demo/held_out/train.csv  ## train a tiny mo
 app: .venv/installed-app  ## see motion, masks and reconstructions of any video in the browser
 	$(BIN)/python app/app.py --checkpoints runs/demo
 
+# how the tests are dealt to so many processes: tests/conftest.py
 test: .venv/installed-dev  ## everything that CI runs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(CORES) --no-loadscope-reorder --max-worker-restart 0
 
 lab: .venv/installed-dev  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

@@ -11,6 +11,7 @@ lib = cfg["lib_path"]
 
 extras = {name: cfg[f"{name}_requirements"].split() for name in ("app", "cluster", "hf")}
 extras["dev"] = sum(extras.values(), cfg["dev_requirements"].split())
+extras["bench"] = cfg["bench_requirements"].split()
 
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], license="Apache-2.0",

@@ -1,6 +1,6 @@
 """How fast is bulk work, and what does re-encoding buy?
 
-Clips: those of $MGM_VIDEOS made like Kinetics: at most 10 s, 340x256, x264 defaults (ref=3, bframes=3, keyint=250).
+Clips: the seven of $MGM_VIDEOS that are H.264 in a container, at most 10 s each, made like Kinetics by clips.py.
 
     python benchmarks/extract.py [--json] [--rounds 5]
 
@@ -16,12 +16,11 @@ import resource
 import shutil
 import tempfile
 import time
-from fractions import Fraction
 from pathlib import Path
 from statistics import median
 
-import av
 import numpy as np
+from clips import encode, film, shrink
 
 from mgm_nb.extract import BulkConfig, extract_folder, reencode_folder
 from mgm_nb.motion import motion_field
@@ -30,18 +29,6 @@ from mgm_nb.video import MOTION_PRESET, read_clip, reencode, write_video
 
 REAL = """asl_walk_h264_b.mkv bigbuckbunny_h264_p.mp4 bottle_h264_b.mp4 box_h264_b.mp4 cars_h264_p.mp4 cup_h264_p.mp4
 people_h264_gop10.mp4""".split()
-
-
-def kinetics_like(source: Path, target: Path, frames: int = 250):
-    "The first `frames` frames at 340x256, encoded with x264's defaults"
-    with av.open(str(source)) as video, av.open(str(target), "w") as out:
-        stream = out.add_stream("libx264", rate=25, width=340, height=256, pix_fmt="yuv420p")
-        for k, frame in enumerate(video.decode(video=0)):
-            if k == frames: break
-            small = frame.reformat(340, 256, "yuv420p", threads=1)
-            small.pts, small.time_base = k, Fraction(1, 25)
-            out.mux(stream.encode(small))
-        out.mux(stream.encode())
 
 
 def cpu() -> float:
@@ -114,7 +101,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         originals, many = Path(scratch) / "originals", Path(scratch) / "many"
         originals.mkdir(), many.mkdir()
-        for name in REAL: kinetics_like(Path(os.environ["MGM_VIDEOS"]) / name, originals / f"{Path(name).stem}.mp4")
+        for path in (Path(os.environ["MGM_VIDEOS"]) / name for name in REAL):
+            encode(shrink(film(path)), originals / f"{path.stem}.mp4")
         paths = sorted(originals.iterdir())
         for path in paths:
             for k in range(args.copies): shutil.copy(path, many / f"{path.stem}_{k}.mp4")

@@ -2,57 +2,37 @@
 
     MGM_VIDEOS=/folder/of/real/clips python benchmarks/vectors.py [--rounds 9] [--json]
 
-Clips like Kinetics-400's small copies are made on the spot: 300 frames of a real clip scaled to 340x256 at 30 fps,
-x264 with its defaults (CRF 23, preset medium). Ours come out far below Kinetics' 700 kbit/s and decode faster than its
-clips do, which makes every ratio harder; so each is also made with `b=700k`, and both are reported.
+The clips are those of clips.py.
 
 "No pixels" is `read_clip(path, None, 1, pixels=False)`: nothing converted, and no loop filter. "Whole frames" decodes
-every pixel beside the vectors, as one does who wants both: what it is above 1, the vectors add to that.
+every pixel beside the vectors, as one does who wants both: what it is above 1, the vectors add to that. The limit of
+reading vectors is the decoder without the loop filter: FFmpeg cannot read a bit stream and draw nothing.
 """
 import argparse
 import json
-import os
 import resource
 import sys
 import tempfile
 import time
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+from clips import FRAMES, HEIGHT, WIDTH, kinetics_like
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mgm_nb import video
 from mgm_nb.motion import motion_field
 from mgm_nb.video import Limits, read_clip
 
-SOURCES = {  # name: (file, first frame)
-    "bunny": ("bigbuckbunny_h264_p.mp4", 0), "people": ("people_h264_gop10.mp4", 400), "box": ("box_h264_b.mp4", 0),
-    "cars": ("cars_h264_p.mp4", 0),
-}  # fmt: skip
-RECIPES = {"crf23": {}, "700k": {"b": "700k"}}
-FRAMES, WIDTH, HEIGHT = 300, 340, 256
 
-
-def make(source: Path, target: Path, first: int, options: dict):
-    "300 frames of `source` as Kinetics has them"
-    with av.open(str(source)) as container, av.open(str(target), "w") as out:
-        stream = out.add_stream("libx264", rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for i, frame in enumerate(container.decode(container.streams.best("video"))):
-            if not first <= i < first + FRAMES: continue
-            frame = frame.reformat(WIDTH, HEIGHT, "yuv420p")
-            frame.pts, frame.time_base, frame.pict_type = i - first, Fraction(1, 30), 0
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-
-
-def plain(path: Path):
+def plain(path: Path, loop_filter="default"):
     "Decode and forget, one thread, nothing converted"
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.thread_type, stream.thread_count = "SLICE", 1
+        stream.codec_context.options = {"skip_loop_filter": loop_filter}
         for _ in container.decode(stream): pass
 
 
@@ -60,7 +40,7 @@ def whole_frames(path: Path):
     "Vectors beside completely decoded, not converted pixels: what the vectors alone add"
     with video._open(path, Limits(), time.monotonic(), pixels=True, vectors=True) as source:
         packets = video._scan(source)
-        return video._read(source, packets, list(range(len(packets))), True, pixels=False, vectors=True, qp=False)
+        return video._read(source, packets, range(len(packets)), True, None, pixels=False, vectors=True, qp=False)
 
 
 def vectors_only(path: Path):
@@ -97,6 +77,7 @@ READERS = {
     "vectors, no pixels": vectors_only,
     "vectors + field, no pixels": lambda path: motion_field(vectors_only(path)),
     "mv-extractor, no pixels": mv_extractor,
+    "decoder alone, no loop filter": partial(plain, loop_filter="all"),
 }
 
 
@@ -146,16 +127,12 @@ def main():
     parser.add_argument("--clips", type=int, default=500, help="for the memory")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
-    if "MGM_VIDEOS" not in os.environ: sys.exit("MGM_VIDEOS must name the folder of real clips")
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (file, first) in SOURCES.items():
-            for recipe, options in RECIPES.items():
-                path = Path(folder) / f"{name}-{recipe}.mp4"
-                make(Path(os.environ["MGM_VIDEOS"]) / file, path, first, options)
-                row = ratios(path, args.rounds)
-                results[path.stem] = row | {"kbit/s": path.stat().st_size * 8 / 1e4}
-                print(f"{path.stem:13}", *(f"{k} {v:.3g}" for k, v in results[path.stem].items()), sep="  ")
+        for name, path in kinetics_like(Path(folder)).items():
+            row = ratios(path, args.rounds)
+            results[name] = row | {"kbit/s": path.stat().st_size * 8 / 1e4}
+            print(f"{name:13}", *(f"{k} {v:.3g}" for k, v in results[name].items()), sep="  ")
         painted = rasterising(path, args.rounds)
         grown = growth(path, args.clips)
     means = {k: float(np.mean([row[k] for row in results.values()])) for k in READERS}

@@ -10,13 +10,11 @@ __all__ = ['KINDS', 'SCHEMA', 'MAX_BYTES', 'HEADS', 'DECODER_HEADS', 'Checkpoint
 # %% ../nbs/06_checkpoints.ipynb #fe5af704
 import argparse
 import json
-import os
 import pathlib
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_patch_embed
 from torch import Tensor
 
+from .video import _atomic
 from .videomae import IMAGENET_MEAN, IMAGENET_STD, VideoClassifier, VideoMAE, resize_table, sinusoid_table
 
 # %% ../nbs/06_checkpoints.ipynb #0c240164
@@ -38,16 +37,6 @@ class CheckpointError(ValueError):
 
 KINDS = {"VideoMAE": VideoMAE, "VideoClassifier": VideoClassifier}
 SCHEMA = 1  # of config.json
-
-
-def _write(path: Path, write: Callable[[Path], None]):
-    "Call `write` with a name beside `path`, then rename: a reader sees the old file or the new one"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -69,8 +58,8 @@ def save_checkpoint(
     }
     text = json.dumps(config, indent=2)
     weights = _weights(model)
-    _write(folder / "model.safetensors", lambda p: save_file(weights, p, metadata={"mgm_nb": text}))
-    _write(folder / "config.json", lambda p: p.write_text(text))
+    with _atomic(folder / "model.safetensors") as path: save_file(weights, path, metadata={"mgm_nb": text})
+    with _atomic(folder / "config.json") as path: path.write_text(text)
     return folder
 
 # %% ../nbs/06_checkpoints.ipynb #a53ec9f3
@@ -527,9 +516,9 @@ def save_huggingface(
         do_center_crop=True, crop_size={"height": height, "width": width},
         do_normalize=True, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD,
     )
-    _write(folder / "model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
+    with _atomic(folder / "model.safetensors") as path: save_file(state, path, metadata={"format": "pt"})
     for name, content in {"config.json": config, "preprocessor_config.json": pixels}.items():
-        _write(folder / name, lambda p, content=content: p.write_text(json.dumps(content, indent=2)))
+        with _atomic(folder / name) as path: path.write_text(json.dumps(content, indent=2))
     return folder
 
 # %% ../nbs/06_checkpoints.ipynb #64baab90

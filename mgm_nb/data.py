@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'ANNOTATIONS', 'Box', 'CROPS', 'read_line', 'read_list', 'read_annotations', 'write_list', 'sample_frames',
-           'multi_scale_box', 'random_resized_box', 'centre_box', 'whole_box', 'resize', 'ClipTransform', 'rows_of',
+           'multi_scale_box', 'random_resized_box', 'centre_box', 'whole_box', 'resize', 'ClipTransform', 'read_motion',
            'ClipDataset', 'shuffle', 'step_keys', 'StepSampler', 'collate', 'make_loader']
 
 # %% ../nbs/07_data.ipynb #3466451b
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .motion import MotionConfig, MotionField, cached_motion, motion_field
+from .motion import MotionConfig, MotionField, motion_field, stored_motion
 from .video import Clip, VideoError, read_clip
 
 # %% ../nbs/07_data.ipynb #9c6e3595
@@ -241,15 +241,19 @@ class ClipTransform:
         }
 
 # %% ../nbs/07_data.ipynb #a768f66e
-def rows_of(
-    field: MotionField,  # of a whole video
-    rows: np.ndarray,  # frame numbers
-) -> MotionField:
-    "The field of some frames"
-    rows = np.minimum(rows, len(field) - 1)
-    return replace(field, velocity=field.velocity[rows], coverage=field.coverage[rows], valid=field.valid[rows])
+def read_motion(
+    clip: Clip,
+    config: MotionConfig,
+    folder: str | Path | None = None,  # that `mgm extract` wrote; None: from the clip's own vectors
+) -> tuple[MotionField, np.ndarray]:  # of every frame from the first sampled to the last; which of these are sampled
+    "The motion of a clip. Raises `VideoError` if the folder does not hold it"
+    if folder is None: return motion_field(clip, config), clip.keep
+    frames = clip.table["index"][clip.keep]
+    field = stored_motion(clip.info.path, folder)
+    rows = np.arange(frames[0], frames[-1] + 1).clip(max=len(field) - 1)
+    return config.apply(field[rows]), frames - frames[0]
 
-
+# %% ../nbs/07_data.ipynb #ad4ab135
 class ClipDataset(Dataset):
     "Clips of videos, as views of pixels and motion"
 
@@ -266,7 +270,7 @@ class ClipDataset(Dataset):
         seed: int = 0,
         retries: int = 0,  # other videos to try in place of a broken one
         cache: bool = False,  # keep decoded clips in memory; each video then always gives the same frames
-        motion_cache: str | Path | None = None,  # folder that keeps the motion of whole videos
+        motion_cache: str | Path | None = None,  # folder that `mgm extract` wrote, instead of reading vectors
     ):
         if sampling not in ("dense", "sparse", "middle"):
             raise ValueError(f"sampling is dense, sparse or middle, got {sampling!r}")
@@ -278,40 +282,40 @@ class ClipDataset(Dataset):
     def __len__(self): return len(self.items)
 
     def read(self, index: int, rng: np.random.Generator) -> tuple[Clip, MotionField | None]:
-        "Decode a clip of video `index`. Raises `VideoError`"
+        "Decode a clip of video `index`; its `keep` counts rows of the field. Raises `VideoError`"
         if self.cache is not None:
             if index in self.cache: return self.cache[index]
             rng = np.random.default_rng((self.seed, index))
         def choose(total): return sample_frames(total, self.frames, self.stride, self.sampling, rng)
-        path, stored = self.items[index][0], self.motion and self.motion_cache
-        clip = read_clip(path, indices=choose, vectors=bool(self.motion and not stored))
-        field = None
-        if stored: field = self.motion.apply(rows_of(cached_motion(path, stored), clip.table["index"]))
-        elif self.motion: field = motion_field(clip, self.motion)
-        clip = replace(clip, vectors=None)  # the field holds what they said
+        clip = read_clip(self.items[index][0], indices=choose, vectors=bool(self.motion and not self.motion_cache))
+        field, keep = read_motion(clip, self.motion, self.motion_cache) if self.motion else (None, clip.keep)
+        clip = replace(clip, keep=keep, vectors=None)  # the field holds what they said
         if self.cache is not None: self.cache[index] = clip, field
         return clip, field
+
+    def views_of(self, index: int, rng: np.random.Generator) -> dict[str, Tensor]:
+        "So many views of one decode of video `index`"
+        clip, field = self.read(index, rng)
+        pool = self.motion.pool if self.motion else "mean"
+        views = [self.transform(clip, field, rng, pool) for _ in range(self.views)]
+        stacked = {k: torch.stack([v[k] for v in views]) for k in views[0]}
+        label, index = (torch.full((self.views,), n) for n in (self.items[index][1], index))
+        return stacked | {"label": label, "index": index}
 
     def __getitem__(
         self,
         key: int | tuple[int, int],  # index, or (epoch, index)
     ) -> dict:  # `pixels`, `energy`, `velocity`, `label`, `index` of `views` rows each; `broken`: (index, why) of files
-        "The views of a video in an epoch"
+        "The views of a video in an epoch, or of the next drawn if it is broken"
         epoch, index = key if isinstance(key, tuple) else (0, key)
         broken = []
         for attempt in range(self.retries + 1):
             rng = np.random.default_rng((self.seed, epoch, index, attempt))
             chosen = int(rng.integers(len(self))) if attempt else index
-            try: clip, field = self.read(chosen, rng)
+            try: return self.views_of(chosen, rng) | {"broken": broken}
             except VideoError as e:
                 if not self.retries: raise
                 broken.append((chosen, str(e)))
-                continue
-            pool = self.motion.pool if self.motion else "mean"
-            views = [self.transform(clip, field, rng, pool) for _ in range(self.views)]
-            numbers = {"label": self.items[chosen][1], "index": chosen}
-            stacked = {k: torch.stack([v[k] for v in views]) for k in views[0]}
-            return stacked | {k: torch.full((self.views,), v) for k, v in numbers.items()} | {"broken": broken}
         raise VideoError(f"{len(broken)} videos drawn in a row cannot be read; the first: {broken[0][1]}")
 
 # %% ../nbs/07_data.ipynb #84bf70da

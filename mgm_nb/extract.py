@@ -344,7 +344,7 @@ def extract_folder(
     out: str | os.PathLike,  # folder of the fields (`<name>.npz`) and of the manifest, `extract.jsonl`
     bulk: BulkConfig = BulkConfig(),  # noqa: B008
 ) -> list[dict]:  # the manifest's lines, one a file
-    "Store the motion field of every video, to be read by `load_motion`"
+    "Store the motion field of every video, for `ClipDataset(motion_cache=out)` and `stored_motion`"
     job = partial(extract_video, limits=bulk.limits)
     return run_jobs("extract", job, source, out, suffix=".npz", bulk=bulk)
 
@@ -364,7 +364,7 @@ def reencode_folder(
     preset: str = "motion",  # `motion` or `default` (x264's)
     bulk: BulkConfig = BulkConfig(),  # noqa: B008
 ) -> list[dict]:  # the manifest's lines, one a file
-    "Write every video again as H.264 made for reading: clips load twice as fast, and their motion is truer"
+    "Write every video again as H.264 made for reading: clips load twice as fast and more, and their motion is truer"
     if preset not in PRESETS: raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
     job = partial(reencode_video, preset=preset, limits=bulk.limits)
     return run_jobs("reencode", job, source, out, suffix=".mp4", key=preset, bulk=bulk)

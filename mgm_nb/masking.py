@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['MASKINGS', 'Mask', 'hidden_count', 'draw', 'random_mask', 'hide', 'frame_mask', 'tube_mask', 'carry',
            'chebyshev_distance', 'block_radius', 'peaks', 'mgm_centres', 'block_mask', 'mgm_mask', 'random_walk',
-           'simulated_mask', 'topk_mask', 'soft_map', 'sampling_grid', 'warp_mask', 'make_mask', 'running_cell',
-           'describe']
+           'simulated_mask', 'topk_mask', 'soft_map', 'sampling_grid', 'warp_mask', 'parse_mask', 'make_mask',
+           'running_cell', 'describe']
 
 # %% ../nbs/04_masking.ipynb #c548ab11
+import json
 from dataclasses import dataclass
 from inspect import signature
 from math import sqrt
@@ -324,16 +325,32 @@ MASKINGS = {
 }
 
 
+def parse_mask(
+    text: str,  # "tube", or with options "mgm:share=1,blocks=2"
+) -> tuple[str, dict]:  # a key of `MASKINGS`, and the options
+    "A masking and its options from one word; ValueError if there is no such masking"
+    name, _, rest = text.partition(":")
+    if name not in MASKINGS: raise ValueError(f"mask: no {name!r}; there are {', '.join(MASKINGS)}")
+    options = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals: raise ValueError(f"mask: {text!r} holds {pair!r}; options look like mgm:share=1,blocks=2")
+        try: options[key] = json.loads(value)
+        except ValueError: options[key] = value  # a word
+    return name, options
+
+
 def make_mask(
-    name: str,  # a key of `MASKINGS`
+    text: str,  # as `parse_mask` reads it
     energy: Tensor,  # `(b, T, H, W)`, motion of every token; NaN = unknown
     ratio: float,  # share of the tokens hidden
     generator: torch.Generator | Tensor | None = None,  # for repeatable masks, or the draws themselves
     velocity: Tensor | None = None,  # `(b, T, H, W, 2)`, handed to the maskings that use it
-    **options,  # of the masking
+    **options,  # of the masking, too
 ) -> Mask:
-    "The mask called `name`; ValueError for a name or an option that does not exist"
-    if name not in MASKINGS: raise ValueError(f"no masking {name!r}; there are {', '.join(MASKINGS)}")
+    "The mask of that name; ValueError for a name or an option that does not exist"
+    name, written = parse_mask(text)
+    options = written | options
     _, _, _, *known = signature(MASKINGS[name]).parameters
     if wrong := options.keys() - set(known):
         raise ValueError(f"{name} has no option {', '.join(sorted(wrong))}; it has {', '.join(known) or 'none'}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELL', 'WHOLE', 'BATCH', 'B_CODECS', 'phantoms', 'MotionField', 'motion_field', 'overlap', 'global_motion',
-           'MotionConfig', 'estimate_motion', 'motion_key', 'save_motion', 'load_motion', 'cached_motion']
+           'MotionConfig', 'estimate_motion', 'motion_key', 'save_motion', 'load_motion', 'stored_motion']
 
 # %% ../nbs/03_motion.ipynb #45fd8b5a
 import contextlib
@@ -20,7 +20,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import SideDataContainer
 
-from .video import Clip, Limits, _atomic, read_clip
+from .video import Clip, Limits, VideoError, _atomic, read_clip
 
 # %% ../nbs/03_motion.ipynb #b1ad5067
 CELL = 16  # pixels: the macroblock of every codec here
@@ -104,7 +104,7 @@ class MotionField:
 
     def __len__(self): return len(self.velocity)
 
-    def __getitem__(self, rows: slice) -> "MotionField":
+    def __getitem__(self, rows: slice | np.ndarray) -> "MotionField":
         return replace(self, velocity=self.velocity[rows], coverage=self.coverage[rows], valid=self.valid[rows])
 
     @property
@@ -370,9 +370,9 @@ def motion_key(
     path: str | os.PathLike,  # the video
     **parameters,  # whatever else the field depends on
 ) -> str:
-    "Name of a field: a hash of the file's content, FFmpeg's version and the parameters"
+    "What a field was made of: a hash of the file's content, libavcodec's version and the parameters"
     with open(path, "rb") as file: content = hashlib.file_digest(file, "blake2b").hexdigest()
-    facts = {"format": 1, "content": content, "libraries": av.library_versions, "parameters": parameters}
+    facts = {"format": 1, "content": content, "libavcodec": av.library_versions["libavcodec"], "parameters": parameters}
     return hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
@@ -405,17 +405,15 @@ def load_motion(path: str | os.PathLike, key: str) -> MotionField | None:
     return MotionField(np.float32(velocity) / 4, np.float32(coverage) / 255, valid, width, height, tuple(origin))
 
 
-def cached_motion(
+def stored_motion(
     path: str | os.PathLike,  # the video
-    folder: str | os.PathLike,  # of the cache
-    limits: Limits = Limits(),  # noqa: B008
+    folder: str | os.PathLike,  # that `mgm extract` wrote
 ) -> MotionField:
-    "The raw field of a whole video, read from the cache or put there"
-    key = motion_key(path)
-    file = Path(folder) / f"{key}.npz"
-    field = load_motion(file, key)
-    if field is None:
-        field = motion_field(read_clip(path, None, 1, pixels=False, limits=limits))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        field = load_motion(save_motion(file, field, key), key)  # rounded, as every later reader gets it
+    "The raw field of a whole video; raises `VideoError` if there is none, or only that of another"
+    parts = Path(os.path.abspath(path)).parts[1:]
+    names = (Path(folder, *parts[i:-1], f"{parts[-1]}.npz") for i in range(len(parts)))
+    file = next((name for name in names if name.is_file()), None)
+    if file is None: raise VideoError(f"{path}: no motion of it in {folder}, as mgm extract writes it")
+    field = load_motion(file, motion_key(path))
+    if field is None: raise VideoError(f"{path}: {file} is not its motion, or damaged; delete it and run mgm extract")
     return field

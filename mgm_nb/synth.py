@@ -126,6 +126,7 @@ class SpriteScene:
     frames: int = 16
     diameter: float = 40  # px
     speed: float = 3  # px/frame, relative to the background
+    contrast: float = 1  # of the textures: the less, the easier a clip is to know
     backgrounds: int = 0  # how many there are, shared by all clips; 0: each clip has its own
     pan: float = 0  # px/frame, of the background across the picture, in a random direction
     noise: float = 0  # grey levels, standard deviation of the sensor noise
@@ -163,7 +164,7 @@ def draw_sprite(
     side = 2 * int(np.ceil(abs(corners).max())) + 6
     paint = texture(scene.domain, side, rng)
     tint = rng.uniform(-40, 40, 3) + luma + (85 if luma < 127 else -85)
-    paint = np.clip(0.6 * (paint - paint.mean((0, 1))) + tint, 0, 255)
+    paint = np.clip(0.6 * scene.contrast * (paint - paint.mean((0, 1))) + tint, 0, 255)
     return np.dstack([paint, signed_distance(corners, side)]).astype(np.float32), corners
 
 
@@ -193,6 +194,7 @@ def render(scene: SpriteScene) -> Rendered:
     margin = int(np.ceil(scene.pan * (n + 1) / 2)) + 1
     place = np.random.default_rng(scene.seed % scene.backgrounds) if scene.backgrounds else rng
     background = texture(scene.domain, size + 2 * margin, place)
+    if scene.contrast != 1: background = (1 - scene.contrast) * background.mean((0, 1)) + scene.contrast * background
     x, y = np.maximum(0, middle + margin - scene.diameter).astype(int)
     behind = background[y : y + int(2 * scene.diameter), x : x + int(2 * scene.diameter)]
     sprite, corners = draw_sprite(scene, behind.mean(), rng)

@@ -20,7 +20,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 TABS = {"Codec": "#map img", "Masks": "#masks img", "Reconstruct": "#loss img", "Take home": "#link a", "About": "ol"}
 LIGHT = "/?checkpoint=none&mask=mgm"  # a page that has little to draw
-LONG = 60_000  # ms that a step may take on a loaded machine
+LONG = 180_000  # ms that a step may take on a loaded machine: the app draws one thing at a time
 
 
 @pytest.fixture(scope="module")

@@ -34,12 +34,25 @@ def test_from_nothing_to_pictures(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "kNN" in told and "linear" in told and "48 test clips of 8 classes" in told
 
+    lists = "--data {d}/clips/train.csv --test {d}/held_out/train.csv"
+    run(f"finetune --config demo {lists} --start {{d}}/run --out {{d}}/tuned --epochs 1 --batch-size 8 --blocks 1")
+    told = capsys.readouterr().out
+    assert "top-1" in told and "1 x 1 views" in told and "mgm test" in told
+    run("test {d}/tuned --data {d}/held_out/train.csv --segments 2 --crops 1 --workers 0 --out {d}/scores")
+    assert "2 x 1 views" in capsys.readouterr().out
+    written = {p.name for p in (tmp_path / "scores").iterdir()}
+    assert written == {"report.json", "results.jsonl", "confusion.csv", "confusion.png", "classes.png"}
+    assert written < {p.name for p in (tmp_path / "tuned").iterdir()}
+
     run("show {d}/held_out/00003.mp4 --mask mgm --checkpoint {d}/run --stride 2 --out {d}/show")
     names = {p.name for p in (tmp_path / "show").iterdir()}
     assert names >= {"frames.png", "motion.png", "masks.png", "reconstruction_mgm.png"}
 
 
-@pytest.mark.parametrize("command, word", [("", "pretrain"), ("pretrain", "effective batch"), ("show", "run folder")])
+@pytest.mark.parametrize("command, word", [
+    ("", "pretrain"), ("pretrain", "effective batch"), ("show", "run folder"), ("test", "from one decode"),
+    ("finetune", "trains the head alone"),
+])
 def test_help_teaches(capsys, command, word):
     with pytest.raises(SystemExit) as end: main([*command.split(), "--help"])
     assert end.value.code == 0 and word in " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -75,6 +88,11 @@ def bad(tmp_path):
     ("pretrain --data {d}/list.csv", "list.csv, line 2: no file"),
     ("pretrain --data {d}/empty --ratio 1.2", "ratio: more than 0 and less than 1, got 1.2"),
     ("pretrain --config dmo", "config: no preset 'dmo'"),
+    ("finetune --config dmo", "config: no preset 'dmo'"),
+    ("finetune --data {d}/list.csv", "list.csv, line 2: no file"),
+    ("finetune --data {d}/one.csv --start {d}/empty", "empty: "),
+    ("finetune --data {d}/one.csv --test {d}/empty", "empty: no video in it"),
+    ("test {d}/empty --data {d}/one.csv", "empty: "),
     ("pretrain", "data: name a list"),
     ("pretrain --data {d}/one.csv --batch-size 1 --model foo", "no size 'foo'"),
     ("pretrain --data {d}/one.csv --batch-size 1 --ratio 0.001", "ratio: 0.001 hides no token"),
