@@ -544,7 +544,8 @@ def build(folder: Path) -> gr.Blocks:
         sizes.select(go_to, [video, number], number, **drawing, **private).then(**view, **private)
         menus = [controls["checkpoint"], controls["versus"]]
         upload.upload(receive(folder), upload, menus, api_name="checkpoint")
-        stop.click(None, None, None, cancels=[*running, packed, drawn], **private)
+        # says so, as a click on Show that comes before the page has cancelled everything would be cancelled, too
+        stop.click(lambda: "Stopped.", None, note, cancels=[*running, packed, drawn], queue=False, **private)
 
         def restore(request: gr.Request):
             "The page as its address says, with the checkpoints made since the start"

@@ -105,6 +105,7 @@ def test_stop_and_again(open_page, clip):  # noqa: F811
     upload(page, clip)
     page.wait_for_selector("#masks img")  # the first picture is there, others are to come
     page.locator("#stop").click()
+    page.wait_for_selector("#note :text('Stopped')")
     page.locator("#go").click()
     finished(page)
 
