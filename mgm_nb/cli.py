@@ -257,7 +257,8 @@ def parse(argv: list[str]) -> Synth | _Bulk | PretrainConfig | FinetuneConfig | 
         "Pre-train a video masked autoencoder on a list or folder of videos; the same command resumes a stopped run. "
         f"--config NAME starts from another preset ({', '.join(PRESETS)})."
     )
-    if {"-h", "--help"} & {*argv}: about += f"\n\n{start['pretrain']}: {explain_preset(start['pretrain'])}"
+    if argv[:1] == ["pretrain"] and {"-h", "--help"} & {*argv}:
+        about += f"\n\n{start['pretrain']}: {explain_preset(start['pretrain'])}"
     about_tune = (
         "Fine-tune a classifier on labelled videos, from any checkpoint (--start) or from scratch, and score it on "
         "others (--test); the same command resumes a stopped run. --blocks 0 trains the head alone, --share 0.1 uses a "

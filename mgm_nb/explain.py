@@ -350,7 +350,7 @@ def journey(
     tell: Callable[[int, int], None] | None = None,  # called with the frames read and wanted
 ) -> Iterator[tuple[float, str, Explained | None]]:  # share done, what comes next, what there is so far
     "`explain` in steps"
-    asked = [(name, *parse_mask(name)) for name in dict.fromkeys(settings.mask)]
+    for name in settings.mask: parse_mask(name)  # refuses a typing error before the film is read
     try: torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError): raise ValueError(f"device: no {settings.device!r} here") from None
     yield 0.0, "Reading the video", None
@@ -363,10 +363,9 @@ def journey(
     seen = Explained(settings, clip, known, view["pixels"].numpy(), **arrays)
     yield 0.2, "Drawing the masks", seen
     energy, velocity, drawn = view["energy"][None], view["velocity"][None], {}
-    for name, masking, options in asked:
+    for name in dict.fromkeys(settings.mask):
         generator = torch.Generator().manual_seed(settings.seed)
-        try: mask = make_mask(masking, energy, settings.ratio, generator, velocity=velocity, **options)
-        except TypeError: raise ValueError(f"mask: the options of {name!r} are not of the right kind") from None
+        mask = make_mask(name, energy, settings.ratio, generator, velocity=velocity)
         if models and not mask.hidden.numel(): raise ValueError(f"ratio: {settings.ratio} hides no token to be guessed")
         drawn[name] = mask
         seen.masks[name] = mask.volume()[0].numpy()

@@ -355,7 +355,10 @@ def make_mask(
     if wrong := options.keys() - set(known):
         raise ValueError(f"{name} has no option {', '.join(sorted(wrong))}; it has {', '.join(known) or 'none'}")
     if "velocity" in known: options["velocity"] = velocity
-    return MASKINGS[name](energy, ratio, generator, **options)
+    try: return MASKINGS[name](energy, ratio, generator, **options)
+    except TypeError:
+        if not written: raise  # what a caller passes is his own; what a user writes may be a word for a number
+        raise ValueError(f"mask: the options of {text!r} are not of the right kind") from None
 
 # %% ../nbs/04_masking.ipynb #5a9e15e7
 def running_cell(

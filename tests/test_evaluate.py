@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import ended_at, same, weights
 
-from mgm_nb import loop, video
+from mgm_nb import video
 from mgm_nb.checkpoints import load_checkpoint, save_checkpoint, to_official
 from mgm_nb.data import ClipDataset, ClipTransform, make_loader, read_list
 from mgm_nb.evaluate import FinetuneConfig, build_classifier, finetune
@@ -47,12 +48,6 @@ def config(places, tmp_path):
         epochs=12, batch_size=16, lr=4e-2, warmup_epochs=1, layer_decay=1,
         augment=None, area=(1, 1), flip=0, erase=0, mixup=0, cutmix=0, drop_path=0,
     )
-
-
-def weights(run): return load_checkpoint(find_checkpoint(run)).state_dict()
-
-
-def same(a, b): return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
 
 
 def test_what_can_be_learned_is(config, places):
@@ -101,15 +96,8 @@ def test_resume_is_bit_for_bit(config, tmp_path, monkeypatch):
     drops = dict(drop_path=0.5, dropout=0.5)
     config = replace(config, test=None, views=2, epochs=1, save_every=0.25, log_every=3, **drops, **drawn)
     whole = weights(finetune(config, progress=False))
-    part, save = replace(config, out=str(tmp_path / "part")), loop.save_step
-
-    def crash(run, step, *rest):
-        save(run, step, *rest)
-        if step == 6: raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save_step", crash)
-        finetune(part, progress=False)
+    part = replace(config, out=str(tmp_path / "part"))
+    with ended_at(monkeypatch, 6): finetune(part, progress=False)
     assert load_checkpoint(find_checkpoint(part.out)).meta["step"] == 6 and not same(weights(part.out), whole)
     for noise in random.random, np.random.rand, lambda: torch.rand(1): noise()  # what others draw must not matter
     finetune(replace(part, workers=1), progress=False)

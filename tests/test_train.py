@@ -15,6 +15,7 @@ from random import Random
 
 import pytest
 import torch
+from runs import ended_at, same, weights
 
 from mgm_nb import loop, train
 from mgm_nb.checkpoints import load_checkpoint
@@ -37,12 +38,6 @@ def config(clips, tmp_path):
     return replace(small, epochs=3, batch_size=4, log_every=2, save_every=0.5)
 
 
-def weights(run): return load_checkpoint(find_checkpoint(run)).state_dict()
-
-
-def same(a, b): return a.keys() == b.keys() and all(a[k].equal(b[k]) for k in a)
-
-
 def command(config, *start):
     changed = {k: v for k, v in vars(config).items() if v != getattr(PRESETS["demo"], k)}
     options = [part for k, v in changed.items() for part in (f"--{k.replace('_', '-')}", str(v))]
@@ -51,15 +46,8 @@ def command(config, *start):
 
 def test_resume_is_bit_for_bit(config, tmp_path, monkeypatch):
     whole = weights(pretrain(config, progress=False))
-    part, save = replace(config, out=str(tmp_path / "part")), loop.save_step
-
-    def crash(run, step, *rest):
-        save(run, step, *rest)
-        if step == 6: raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "save_step", crash)
-        pretrain(part, progress=False)
+    part = replace(config, out=str(tmp_path / "part"))
+    with ended_at(monkeypatch, 6): pretrain(part, progress=False)
     assert find_checkpoint(part.out).name == "step-00000006" and not same(weights(part.out), whole)
     half = Path(part.out, "checkpoints", ".step-00000008")  # what a kill leaves while it writes
     shutil.copytree(find_checkpoint(part.out), half)
