@@ -20,7 +20,8 @@ app: .venv/installed-app  ## see motion, masks and reconstructions of any video 
 # how the tests are dealt to so many processes: tests/conftest.py
 test: .venv/installed-dev  ## everything that CI runs
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n $(CORES) --no-loadscope-reorder --max-worker-restart 0
+	$(BIN)/python -m pytest -n $(CORES) --no-loadscope-reorder --max-worker-restart 0 --ignore tests/test_browser.py
+	$(BIN)/python -m pytest tests/test_browser.py  # alone: beside others it now and then waits in vain
 
 lab: .venv/installed-dev  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs
