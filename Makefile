@@ -21,7 +21,7 @@ app: .venv/installed-app  ## see motion, masks and reconstructions of any video 
 test: .venv/installed-dev  ## everything that CI runs
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n $(CORES) --no-loadscope-reorder --max-worker-restart 0 --ignore tests/test_browser.py
-	$(BIN)/python -m pytest tests/test_browser.py  # alone: beside others it now and then waits in vain
+	$(BIN)/python -m pytest tests/test_browser.py  # by itself: a browser and its server fill two cores
 
 lab: .venv/installed-dev  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

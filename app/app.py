@@ -86,6 +86,8 @@ mean and contrast of hidden tokens leaks what it hides.
 [The paper](https://arxiv.org/abs/2308.12962) (Fan et al., ICCV 2023) · [Code and notebooks](https://github.com/mgm-nb/mgm_nb)
 · [VideoMAE](https://arxiv.org/abs/2203.12602)
 """
+# ends a chain of events unless the address names a video: an uploaded one has a chain of its own
+LINKED = "() => { if (!new URLSearchParams(location.search).has('video')) throw Error('no video') }"
 PICTURE = Path(__file__).parent / "screenshots/idea.png"
 NO_CHECKPOINT = "No guess without a checkpoint: `make demo` trains one in minutes; then reload the page, or upload one."
 NO_VECTORS = """**{codec} tells no motion.** The decoder exports vectors of H.264, MPEG-4 and older codecs, not of
@@ -544,8 +546,6 @@ def build(folder: Path) -> gr.Blocks:
         sizes.select(go_to, [video, number], number, **drawing, **private).then(**view, **private)
         menus = [controls["checkpoint"], controls["versus"]]
         upload.upload(receive(folder), upload, menus, api_name="checkpoint")
-        # says so, as a click on Show that comes before the page has cancelled everything would be cancelled, too
-        stop.click(lambda: "Stopped.", None, note, cancels=[*running, packed, drawn], queue=False, **private)
 
         def restore(request: gr.Request):
             "The page as its address says, with the checkpoints made since the start"
@@ -559,9 +559,13 @@ def build(folder: Path) -> gr.Blocks:
             values[1] = gr.Dropdown(choices=names, value=other if other in names else NONE)
             source = query.get("video") and fetch(query["video"][-1])
             if query.get("video") and not source: gr.Warning("The video of this link is gone; its settings are here.")
-            return str(source) if source else None, *values
+            return str(source) if source else gr.skip(), *values  # None would remove what is uploaded meanwhile
 
-        chain(demo.load(restore, None, [video, *settings], show_progress="hidden", **private).success, **private)
+        restored = demo.load(restore, None, [video, *settings], show_progress="hidden", **private)
+        chain(restored.success(None, None, None, js=LINKED, **private).success, **private)
+        stop.click(None, None, None, cancels=[*running, packed, drawn], **private)
+        # a second listener: gradio cancels after the function of the first, and what still ran would hide the word
+        stop.click(lambda: "Stopped.", None, note, queue=False, **private)
     return demo.queue(max_size=PATIENCE)
 
 

@@ -34,9 +34,11 @@ def open_page(browser, server):  # noqa: F811
     "Opens pages, and sees to it that none asks anybody but the app, and none reports an error"
     pages = []
 
-    def opened(path="", width=1280, **options):
+    def opened(path="", width=1280, held=None, **options):
         page = browser.new_page(viewport={"width": width, "height": 900}, **options)
         page.set_default_timeout(LONG)
+        if held is not None:  # a list: gets the page's first event, its settings, which waits until it is let go
+            page.route("**/queue/join**", lambda route: route.continue_() if held else held.append(route))
         elsewhere, wrong = [], []
         here = ("http://127.0.0.1", "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(here) else elsewhere.append(r.url))
@@ -91,6 +93,16 @@ def test_upload_all_tabs_download_and_link(open_page, clip, tmp_path):  # noqa: 
     page = open_page("/" + link[link.index("?"):])
     page.wait_for_selector("#masks img")
     page.wait_for_function("document.querySelector('#video video')?.readyState >= 2")
+
+
+def test_an_upload_before_the_page_has_its_settings(open_page, clip):  # noqa: F811
+    page = open_page("/?seed=7", held=(held := []))
+    upload(page, clip)
+    page.wait_for_selector("#video video")
+    held[0].continue_()
+    expect(page.get_by_label("Seed of the masks")).to_have_value("7", timeout=LONG)
+    page.get_by_role("tab", name="Codec").click()
+    expect(page.locator("#map img")).to_be_visible(timeout=LONG)  # drawn last, from the video on the page
 
 
 def test_a_link_restores_the_settings(open_page):
