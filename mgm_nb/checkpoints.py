@@ -352,7 +352,9 @@ def _choose_kind(
             what = "a classifier" if classifier else "an encoder alone"
             raise weights.error(f"holds {what}; to predict pixels takes a decoder (num_classes=... gives a classifier)")
         return wanted, set()
-    if not classifier and not num_classes: raise weights.error("holds no classifier; num_classes=... starts one")
+    if not classifier and not num_classes:
+        how = f"mgm finetune --start {weights.source} trains one, num_classes=... starts one"
+        raise weights.error(f"holds no classifier; {how}")
     fresh, head = set(), {"head.weight", "head.bias"}
     if not classifier: fresh = head | {"fc_norm.weight", "fc_norm.bias"}
     elif num_classes not in (None, _shape(state["head.weight"])[0]): fresh = head

@@ -29,7 +29,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from .checkpoints import load_checkpoint
-from .data import ClipDataset, random_resized_box, read_list, resize
+from .data import ClipDataset, class_folders, random_resized_box, read_list, resize
 from .loop import Task, TrainConfig, check_train, find_checkpoint, fit
 from .score import draw_scores, multi_view, save_scores
 from .video import Clip
@@ -129,8 +129,7 @@ def read_labels(
     "Labelled videos. Raises `ValueError` if a label is missing"
     items = read_list(source, root)
     if items[0][1] < 0: raise ValueError(f"{source}: a label is needed for every video")
-    folder = Path(source).is_dir()
-    return items, sorted({p.relative_to(source).parts[0] for p, _ in items}) if folder else None
+    return items, class_folders(source, [p for p, _ in items]) if Path(source).is_dir() else None
 
 
 def same_classes(train: tuple, test: tuple, source: str):

@@ -34,7 +34,7 @@ import av
 from tqdm.auto import tqdm
 
 from .motion import motion_field, motion_key, save_motion
-from .video import PRESETS, Clip, Limits, VideoError, probe, read_clip, reencode
+from .video import PRESETS, Clip, Limits, VideoError, _atomic, probe, read_clip, reencode
 
 # %% ../nbs/10_extract.ipynb #56083b9c
 def _serve(fd: int):
@@ -237,9 +237,7 @@ def _is_done(line: dict | None, state: str, target: Path, writes: bool, retry: b
 def _write_manifest(path: Path, lines: list[dict]):
     "Replace a manifest in one step"
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}")
-    aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    os.replace(aside, path)
+    with _atomic(path) as aside: aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 class _Bar(tqdm):

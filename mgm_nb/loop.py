@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'PEAKS', 'TrainConfig', 'check_train', 'lr_at', 'make_optimizer', 'Task', 'Plan', 'derive', 'use_bf16',
-           'write_text', 'environment', 'find_checkpoint', 'save_step', 'load_step', 'open_run', 'read_log', 'Broken',
-           'on_sigterm', 'peak_memory', 'save_figure', 'Log', 'Explosion', 'Watch', 'start_processes', 'start_tracker',
-           'shard_model', 'distribute', 'whole_state', 'load_optimizer', 'fit']
+           'write_text', 'machine', 'environment', 'find_checkpoint', 'save_step', 'load_step', 'open_run', 'read_log',
+           'Broken', 'on_sigterm', 'peak_memory', 'save_figure', 'Log', 'Explosion', 'Watch', 'start_processes',
+           'start_tracker', 'shard_model', 'distribute', 'whole_state', 'load_optimizer', 'fit']
 
 # %% ../nbs/07b_loop.ipynb #e7b3ead4
 import copy
@@ -36,8 +36,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 
 from .checkpoints import load_checkpoint, save_checkpoint
-from .data import ClipDataset, StepSampler, make_loader, step_keys
-from .video import VideoError
+from .data import ClipDataset, StepSampler, make_loader, step_keys, videos_in
+from .video import VideoError, _atomic
 
 # %% ../nbs/07b_loop.ipynb #cc18e35d
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ class Plan:
     @classmethod
     def of(cls, config: TrainConfig, dataset: ClipDataset, world: int) -> "Plan":
         "The plan for `world` processes. Raises `ValueError` if the videos do not fill a step"
-        if config.batch_size % dataset.views:
-            raise ValueError(f"views: {dataset.views} of each video do not fill a batch of {config.batch_size}")
-        videos, parts = config.batch_size // dataset.views, world * config.accumulate
+        videos, parts = videos_in(config.batch_size, dataset.views), world * config.accumulate
         step_keys(0, len(dataset), videos, 0, parts)
         epoch = len(dataset) // (videos * parts)
         warmup = round(config.warmup_epochs * epoch)
@@ -165,22 +163,32 @@ SCHEMA = 1  # of config.json
 
 def write_text(path: Path, text: str):
     "Write a file all at once"
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
+    with _atomic(path) as beside: beside.write_text(text)
+
+
+def machine(
+    device: torch.device | None = None,  # default: the GPU, if there is one
+) -> str:  # such as "NVIDIA H200", or "AMD EPYC, 1 thread(s)"
+    "The name of what computes"
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    if device.type != "cpu": return device.type
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.get_num_threads()} thread(s)"
 
 
 def environment(device: torch.device) -> dict:
     "What a run depends on besides its config"
     packages = {p: version(p) for p in ("mgm_nb", "torch", "timm", "av", "accelerate", "numpy")}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     here = Path(globals().get("__file__", ".")).parent
     ask = ["git", "-C", here, "rev-parse", "HEAD"]
     git = shutil.which("git") and subprocess.run(ask, capture_output=True, text=True)
     commit = git.stdout.strip() if git and git.returncode == 0 else None
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "device": name, "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "packages": packages, "git": commit,
+        "python": platform.python_version(), "platform": platform.platform(), "device": machine(device),
+        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "packages": packages, "git": commit,
     }
 
 
@@ -294,9 +302,7 @@ def save_figure(figure, path: Path) -> np.ndarray:  # uint8 `(h, w, 3)`
     "Write a matplotlib Figure all at once; what was written"
     from matplotlib.image import imread
 
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, dpi=120)
-    os.replace(beside, path)
+    with _atomic(path) as beside: figure.savefig(beside, dpi=120)
     return (imread(path)[..., :3] * 255).round().astype(np.uint8)
 
 

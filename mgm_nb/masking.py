@@ -189,7 +189,7 @@ def mgm_centres(
 # %% ../nbs/04_masking.ipynb #9a5f6926
 def block_mask(
     centres: Tensor,  # `(b, T, n, 2)` row, column
-    draws: Tensor,  # `(b, 1, H, W)`: one draw for all slices, so that what chance adds stands still like a tube
+    draws: Tensor,  # `(b, 1, H, W)`: what chance adds stands still like a tube; `(b, T, H, W)`: it does not
     count: int,  # tokens to hide in each slice
     share: float = 0.5,  # of `count`, in the blocks; the rest is hidden at random
     shape: str = "nearest",  # "nearest": exactly the tokens nearest to a centre; "rectangle": cropped at the border
@@ -211,14 +211,16 @@ def mgm_mask(
     share: float = 0.5,  # of the hidden tokens, in the blocks; the rest is hidden at random
     shape: str = "nearest",  # of a block, as in `block_mask`
     aspect: float = 1.0,  # height over width of a block
+    rest: str = "tube",  # what the blocks leave: "tube", the same places in every slice, or "frame", others in each
     unknown: str = "carry",  # slices that say nothing, as in `carry`
     start: str = "random",  # before any motion is known, as in `carry`
 ) -> Mask:
     "Motion-guided masking: in each slice a block on the strongest motion (Fan et al., ICCV 2023, Eqs. 4-6)"
+    if rest not in ("tube", "frame"): raise ValueError(f'rest must be "tube" or "frame", got {rest!r}')
     count, draws = hidden_count(energy, ratio), draw(energy, generator)
     apart = block_radius(count, share, blocks)  # the next centre lies outside the blocks before it
     centres = peaks(carry(energy, draws, unknown, start), draws[:, -1:], blocks, apart)
-    return block_mask(centres, draws[:, -1:], count, share, shape, aspect)
+    return block_mask(centres, draws if rest == "frame" else draws[:, -1:], count, share, shape, aspect)
 
 # %% ../nbs/04_masking.ipynb #7cb9ec18
 def _reflect(path: Tensor, size: int) -> Tensor:

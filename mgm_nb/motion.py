@@ -13,6 +13,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -405,6 +406,10 @@ def load_motion(path: str | os.PathLike, key: str) -> MotionField | None:
     return MotionField(np.float32(velocity) / 4, np.float32(coverage) / 255, valid, width, height, tuple(origin))
 
 
+@cache  # a video is read once, and again if its state changes
+def _key(path: str, *state: int) -> str: return motion_key(path)
+
+
 def stored_motion(
     path: str | os.PathLike,  # the video
     folder: str | os.PathLike,  # that `mgm extract` wrote
@@ -414,6 +419,8 @@ def stored_motion(
     names = (Path(folder, *parts[i:-1], f"{parts[-1]}.npz") for i in range(len(parts)))
     file = next((name for name in names if name.is_file()), None)
     if file is None: raise VideoError(f"{path}: no motion of it in {folder}, as mgm extract writes it")
-    field = load_motion(file, motion_key(path))
+    stat = os.stat(path)  # ctime, too: a copy may keep the time at which a file was modified
+    key = _key(os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    field = load_motion(file, key)
     if field is None: raise VideoError(f"{path}: {file} is not its motion, or damaged; delete it and run mgm extract")
     return field

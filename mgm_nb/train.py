@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .data import ClipDataset, ClipTransform, make_loader, read_list
+from .data import ClipDataset, ClipTransform, make_loader, read_list, videos_in
 from .loop import PEAKS, Task, TrainConfig, check_train, fit, make_optimizer, read_log, write_text
 from .masking import Mask, make_mask
 from .motion import MotionConfig
@@ -79,8 +79,7 @@ def check_config(config: PretrainConfig):
         raise ValueError(f"size: {config.frames} frames of {config.size} pixels do not divide into tokens of {tokens}")
     _, h, w = config.grid
     if not config.tokens[1]: raise ValueError(f"ratio: {config.ratio} hides no token of {h} x {w}")
-    if config.batch_size % config.views:
-        raise ValueError(f"views: {config.views} of each video do not fill a batch of {config.batch_size}")
+    videos_in(config.batch_size, config.views)
     make_mask(config.mask, torch.zeros(1, *config.grid), config.ratio, velocity=torch.zeros(1, *config.grid, 2))
 
 # %% ../nbs/08_train.ipynb #2b46fa0f

@@ -34,6 +34,8 @@ def test_from_nothing_to_pictures(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "kNN" in told and "linear" in told and "48 test clips of 8 classes" in told
 
+    assert main(f"test {tmp_path}/run --data {tmp_path}/held_out/train.csv".split()) == 2
+    assert f"holds no classifier; mgm finetune --start {tmp_path}/run/" in capsys.readouterr().err
     lists = "--data {d}/clips/train.csv --test {d}/held_out/train.csv"
     run(f"finetune --config demo {lists} --start {{d}}/run --out {{d}}/tuned --epochs 1 --batch-size 8 --blocks 1")
     told = capsys.readouterr().out

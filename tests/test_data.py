@@ -1,4 +1,5 @@
 "What loading has to do with extraction, and what it leaves out."
+import os
 import shutil
 
 import numpy as np
@@ -6,7 +7,9 @@ import pytest
 import torch
 
 from mgm_nb.data import ClipDataset, ClipTransform, read_list
+from mgm_nb.evaluate import read_labels
 from mgm_nb.extract import BulkConfig, extract_folder
+from mgm_nb.motion import motion_key, stored_motion
 from mgm_nb.synth import SpriteScene, render
 from mgm_nb.video import VideoError, read_clip, write_video
 
@@ -57,6 +60,30 @@ def test_the_data_set_may_move_but_not_change(clips, fields, tmp_path):
     with pytest.raises(VideoError, match=message): dataset([(new, 0)], fields)[0]
     item = dataset([(new, 0), *read_list(clips)], fields, retries=9)[0]  # among others, it is one more broken file
     assert [i for i, _ in item["broken"]] == [0] and item["index"] > 0
+
+
+def test_a_changed_video_is_noticed_and_an_unchanged_one_read_once(clips, fields, tmp_path, monkeypatch):
+    moved, read = shutil.copytree(clips, tmp_path / "videos"), []
+    monkeypatch.setattr("mgm_nb.motion.motion_key", lambda path: read.append(path) or motion_key(path))
+    data = dataset(read_list(moved), fields)
+    for epoch in range(3): data[epoch, 0]
+    path = moved / "class_0" / "0.mp4"
+    assert read == [str(path)]
+    content, times = bytearray(path.read_bytes()), path.stat()
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as long and as old as before
+    with pytest.raises(VideoError, match="is not its motion"): stored_motion(path, fields)
+
+
+def test_what_is_hidden_is_no_video(clips, tmp_path):
+    moved = shutil.copytree(clips, tmp_path / "videos")
+    for name in "._a.mp4", "class_0/.0.4f1e.mp4", ".reencode.partial/0.mp4":  # macOS's, and what kills leave
+        (moved / name).parent.mkdir(exist_ok=True)
+        (moved / name).write_bytes(b"half")
+    items, names = read_labels(moved)
+    assert [(p.relative_to(moved), k) for p, k in items] == [(p.relative_to(clips), k) for p, k in read_list(clips)]
+    assert names == ["class_0", "class_1"] and [k for _, k in items] == [0, 0, 1, 1]
 
 
 def test_what_nobody_needs_is_not_decoded(clips):

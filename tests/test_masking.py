@@ -91,11 +91,11 @@ def test_flips_commute(name, energy, ratio, seed, dims):
 @examples
 @given(
     energies(), ratios, seeds, st.integers(1, 4), st.floats(0, 1), st.sampled_from(["nearest", "rectangle"]),
-    st.floats(0.25, 4), st.sampled_from(["carry", "redraw"]), st.sampled_from(["random", "ahead", "first"]),
-    st.sampled_from([(2,), (3,)]),
+    st.floats(0.25, 4), st.sampled_from(["tube", "frame"]), st.sampled_from(["carry", "redraw"]),
+    st.sampled_from(["random", "ahead", "first"]), st.sampled_from([(2,), (3,)]),
 )  # fmt: skip
-def test_every_option_of_mgm(energy, ratio, seed, blocks, share, shape, aspect, unknown, start, dims):
-    options = dict(blocks=blocks, share=share, shape=shape, aspect=aspect, unknown=unknown, start=start)
+def test_every_option_of_mgm(energy, ratio, seed, blocks, share, shape, aspect, rest, unknown, start, dims):
+    options = dict(blocks=blocks, share=share, shape=shape, aspect=aspect, rest=rest, unknown=unknown, start=start)
     draws = draw(energy, torch.Generator().manual_seed(seed))
     mask = mgm_mask(energy, ratio, draws, **options)
     check(mask, energy, ratio)
