@@ -202,6 +202,8 @@ def check_experiment(config: ExperimentConfig):
     if unknown := [name for name in config.arms if name not in ARMS]:
         raise ValueError(f"arms: no {', '.join(unknown)}; there are {', '.join(ARMS)}")
     if max(config.looks) != config.epochs: raise ValueError(f"looks: the last must be {config.epochs}, the end")
+    if not 48 <= config.labelled <= config.clips:  # any 48 clips in a row hold every label
+        raise ValueError(f"labelled: 48 to {config.clips}, the clips, got {config.labelled}")
     if any(ARMS[name].motion == "flow" for name in config.arms): opencv()
 
 # %% ../nbs/11_experiment.ipynb #e98511ba
