@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'SOURCES', 'ARMS', 'MAIN_SCORES', 'PRESETS', 'box_energy', 'true_motion', 'opencv', 'flow_motion',
            'read_sprites', 'Stored', 'Arm', 'ExperimentConfig', 'check_experiment', 'whiten', 'Reader', 'score',
            'finetune_few', 'run_arm', 'read_runs', 'make_world', 'run_experiment', 'scores_of', 'paired', 'chance',
-           'experiment_table', 'plot_experiment']
+           'experiment_table', 'plot_experiment', 'hit_rate']
 
 # %% ../nbs/11_experiment.ipynb #d66e38b2
 import json
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from .checkpoints import load_checkpoint, save_checkpoint
 from .data import ClipDataset, resize
 from .loop import Task, TrainConfig, find_checkpoint, fit, machine, make_optimizer, use_bf16
+from .masking import mgm_centres
 from .motion import CELL, MotionConfig, MotionField, motion_field
 from .probe import attentive_probe, extract_features, knn, linear_probe
 from .synth import APPEARANCES, MOTIONS, read_scenes, write_sprites
@@ -245,18 +246,18 @@ def score(
 
     tokens = [extract_features(Reader(model), batches(clips), pool=False)[0].float() for clips in sets.values()]
     x, *test = whiten(*tokens)
-    n, found = len(test[0]), {}
-    def mean(x): return x.mean(1)
-    def slices(x): return reduce(x, "n (T s) d -> n (T d)", "mean", T=model.grid[0])
-    for label in ("motion", "appearance"):
+    n, z, found = len(test[0]), torch.cat(test), {}
+    slices = [reduce(tokens, "n (T s) d -> n (T d)", "mean", T=model.grid[0]) for tokens in (x, z)]
+    means = x.mean(1), z.mean(1)
+    for label in CLASSES:
         y, *test_y = [clips[label] for clips in sets.values()]
-        z, z_y = torch.cat(test), torch.cat(test_y)
-        linear = linear_probe(slices(x), y, slices(z), z_y, penalties=(1, 1e-1, 1e-2, 1e-3)).predicted == z_y
+        z_y = torch.cat(test_y)
+        linear = linear_probe(slices[0], y, slices[1], z_y, penalties=(1, 1e-1, 1e-2, 1e-3)).predicted == z_y
         attentive = attentive_probe(x, y, z, z_y, rates=(3e-3,), epochs=epochs).predicted == z_y
         for name, rows in (("", slice(n)), (", other domain", slice(n, None))):
             found[f"{label} linear{name}"] = linear[rows].float().mean().item()
             found[f"{label} attentive{name}"] = attentive[rows].float().mean().item()
-            found[f"{label} kNN{name}"] = knn(mean(x), y, mean(z)[rows], z_y[rows])
+            found[f"{label} kNN{name}"] = knn(means[0], y, means[1][rows], z_y[rows])
     return found
 
 # %% ../nbs/11_experiment.ipynb #c4535854
@@ -492,3 +493,13 @@ PRESETS = {
         epochs=48, looks=(16, 48), batch_size=64, lr=1e-3, warmup_epochs=4, labelled=480,
     ),
 }
+
+# %% ../nbs/11_experiment.ipynb #3e5a71c8
+def hit_rate(
+    energy: Tensor,  # `(n, T, H, W)`
+    boxes: Tensor,  # `(n, T, 4)` tokens: x0, y0, x1, y1 of the object in each slice
+) -> float:
+    "Share of the slices in which MGM's block is centred on the object, or less than half a token beside it"
+    y, x = (mgm_centres(energy, torch.Generator().manual_seed(0)) + 0.5).unbind(-1)
+    away = torch.stack([boxes[..., 0] - x, x - boxes[..., 2], boxes[..., 1] - y, y - boxes[..., 3]])
+    return (away < 0.5).all(0).float().mean().item()
